@@ -1,0 +1,25 @@
+"""What a user's mistake raises (one clear sentence, exit status 2), and how lower layers' sentences become it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UserError(Exception):
+    """Something that the user can mend; the text names the key, the value and the remedy."""
+
+
+@contextmanager
+def clear_sentences() -> Iterator[None]:
+    """Lower layers say what the user can mend with `ValueError`; here it becomes a `UserError`.
+
+    `WHETSTONE_TRACEBACK=1` lets the original through, for whoever suspects a mistake of ours.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if os.environ.get("WHETSTONE_TRACEBACK"):
+            raise
+        raise UserError(str(error)) from error
