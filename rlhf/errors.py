@@ -1,4 +1,4 @@
-"""What a user's mistake raises (one clear sentence, exit status 2), and how lower layers' sentences become it."""
+"""What a user's mistake raises: one clear sentence, exit status 2. Lower layers' sentences become it."""
 
 from __future__ import annotations
 

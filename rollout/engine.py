@@ -67,6 +67,10 @@ class Engine(Protocol):
         """Log-probs of `tokens[1:]` given what precedes, one list of `len(tokens) - 1` a sequence."""
         ...
 
+    def effective_sampling(self, sampling: Sampling) -> dict[str, Any]:
+        """Every sampling parameter as the engine gets it, defaults included, to be printed."""
+        ...
+
     def init_transfer(self, info: dict[str, Any]) -> None:
         """Open the weight channel (vLLM's `init_weight_transfer_engine`)."""
         ...

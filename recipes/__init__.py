@@ -1,0 +1,1 @@
+"""Recipes: Hydra YAML only; this file lets `importlib.resources` find them."""

@@ -1,0 +1,161 @@
+"""The `rlhf` command: a sub-command, a recipe, then overrides. Imports nothing heavy before it must."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+_TRAIN = """example:
+  rlhf train dapo/arithmetic learner.optimizer.lr=2e-6 algorithm.clip.high=0.28
+  rlhf train ./mine.yaml loop.steps=20 --dry-run"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one sub-command. Returns 0, or 2 after one clear sentence when the user can mend the cause."""
+    arguments = _parser().parse_args(argv)
+    from rlhf.errors import UserError
+
+    try:
+        command: Callable[[argparse.Namespace], int] = arguments.command
+        return command(arguments)
+    except UserError as error:
+        print(f"rlhf: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The static command tree: `--help` composes no configuration and imports no torch."""
+    parser = argparse.ArgumentParser(
+        prog="rlhf",
+        description="Reinforcement-learning post-training, from a laptop to a cluster.",
+        epilog="First steps: 'rlhf doctor', 'rlhf recipes', 'rlhf train dapo/arithmetic'.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    train = _recipe_command(commands, "train", _train, "train a recipe", _TRAIN)
+    train.add_argument("--dry-run", action="store_true", help="validate everything short of loading a model")
+    _recipe_command(
+        commands,
+        "explain",
+        _explain,
+        "say what a recipe does: batch arithmetic, memory, each switch",
+        "example:\n  rlhf explain dapo/arithmetic loop.group_size=16",
+    )
+    _recipe_command(
+        commands,
+        "eval",
+        _eval,
+        "score a model on a recipe's held-out set",
+        "example:\n  rlhf eval dapo/arithmetic model.path=runs/dapo-arithmetic@last",
+    )
+    recipes = commands.add_parser("recipes", help="list the recipes", description="List the recipes.")
+    recipes.set_defaults(command=_recipes)
+    doctor = commands.add_parser("doctor", help="check this machine", description="Check this machine.")
+    doctor.set_defaults(command=_doctor)
+    export = commands.add_parser(
+        "export",
+        help="write a run's model as a Hugging Face folder",
+        epilog="example:\n  rlhf export runs/demo --to out/",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    export.add_argument("run", metavar="RUN", help="run folder, or RUN@STEP")
+    export.add_argument(
+        "--to", required=True, metavar="FOLDER", help="folder to write; must not exist or be empty"
+    )
+    export.set_defaults(command=_export)
+    return parser
+
+
+def _recipe_command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    command: Callable[[argparse.Namespace], int],
+    help_text: str,
+    epilog: str,
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=help_text,
+        description=help_text.capitalize() + ".",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="a shipped name ('rlhf recipes') or ./mine.yaml")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="changes to the recipe")
+    parser.set_defaults(command=command)
+    return parser
+
+
+# ---------------------------------------------------------------- sub-commands
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from rlhf.compose import load
+    from rlhf.preflight import dry_run, run_folder
+
+    config = load(arguments.recipe, arguments.overrides)
+    if arguments.dry_run:
+        print(dry_run(config, arguments.recipe))
+        return 0
+    run_folder(config, arguments.recipe)
+    from rlhf.pipeline import train_config  # only now: what comes before answers without torch
+
+    _show_log()
+    print(train_config(config, arguments.recipe).text())
+    return 0
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    from rlhf.compose import load
+    from rlhf.explain import explain
+
+    print(explain(arguments.recipe, load(arguments.recipe, arguments.overrides)))
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from rlhf.compose import load
+
+    config = load(arguments.recipe, arguments.overrides)
+    from rlhf.pipeline import evaluate_config
+
+    _show_log()
+    print(evaluate_config(config))
+    return 0
+
+
+def _recipes(arguments: argparse.Namespace) -> int:
+    from rlhf.recipe_list import table
+
+    print(table())
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from rlhf.doctor import report
+
+    text, healthy = report()
+    print(text)
+    return 0 if healthy else 1
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from rlhf.export import export
+
+    print(export(arguments.run, arguments.to))
+    return 0
+
+
+def _show_log() -> None:
+    """What the run says of itself (model, data, sampling, shortages) goes to standard error."""
+    import logging
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for package in ("rlhf", "rollout", "trainer", "adapters"):
+        logging.getLogger(package).setLevel(logging.INFO)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""The root configuration, composed from the dataclasses that stand beside the classes that they configure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from rlhf.algorithms.config import AlgorithmConfig, OldLogprobs
+from rlhf.data.config import DataConfig
+from rlhf.evaluation.config import EvaluationConfig
+from rlhf.models import ModelConfig
+from rlhf.rewards.config import RewardConfig
+from rlhf.tracking.config import TrackingConfig
+from rollout.config import RolloutConfig
+from rollout.weights.config import WeightsConfig
+from trainer.config import LearnerConfig
+
+
+class Section(Protocol):
+    """A part of the configuration."""
+
+    def check(self) -> list[str]:
+        """Sentences about values out of range."""
+        ...
+
+
+@dataclass
+class RunConfig:
+    """Where a run lives and what seeds it."""
+
+    name: str = ""
+    """Name of the run, in `runs/<name>`; empty takes the recipe's, numbered when it is taken."""
+    dir: str = ""
+    """Folder of the run, instead of `runs/<name>`. One that already holds a run is refused."""
+    seed: int = 0
+    """Seeds the order of prompts, every sampled response and the learner. At least 0."""
+
+
+@dataclass
+class LoopConfig:
+    """Batch arithmetic: what one step keeps and learns from."""
+
+    steps: int = 100
+    """Rollout steps; one generates, learns and publishes once. The schedule counts these."""
+    prompts: int = 16
+    """Groups that one step learns from (`P`), after selection."""
+    group_size: int = 8
+    """Responses to each prompt (`G`)."""
+    mini_batch: int = 0
+    """Groups in one optimizer step; 0 takes all, so the step is on-policy. Must divide `loop.prompts`."""
+    epochs: int = 1
+    """Passes over each rollout."""
+    staleness: int = 0
+    """Learner steps that generation may run ahead. 0, the only value so far, is synchronous."""
+
+    @property
+    def groups_per_mini_batch(self) -> int:
+        """`mini_batch` with its default filled in."""
+        return self.mini_batch or self.prompts
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps that one full rollout gives."""
+        return self.epochs * (self.prompts // self.groups_per_mini_batch)
+
+    def check(self) -> list[str]:
+        """Sentences about values out of range."""
+        found = [
+            f"loop.{name}={value} must be at least {least}: raise it."
+            for name, value, least in [
+                ("steps", self.steps, 1),
+                ("prompts", self.prompts, 1),
+                ("group_size", self.group_size, 1),
+                ("mini_batch", self.mini_batch, 0),
+                ("epochs", self.epochs, 1),
+            ]
+            if value < least
+        ]
+        if self.staleness != 0:
+            found.append(
+                f"loop.staleness={self.staleness} is not available: set loop.staleness=0 (synchronous)."
+            )
+        if not found and self.prompts % self.groups_per_mini_batch:
+            found.append(
+                f"loop.mini_batch={self.mini_batch} does not divide loop.prompts={self.prompts}: "
+                f"choose one of {', '.join(map(str, _divisors(self.prompts)))}."
+            )
+        return found
+
+
+@dataclass
+class Config:
+    """Everything that a run is made of."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    resume: str = "never"
+    """Whether to go on from an earlier run. `never`, the only value so far, starts anew."""
+
+
+def check(config: Config) -> list[str]:
+    """Every problem of a configuration as one sentence each; empty when it can run.
+
+    Each section checks its own ranges; what spans sections is checked here.
+    """
+    sections: list[Section] = [
+        config.model,
+        config.data,
+        config.reward,
+        config.algorithm,
+        config.rollout,
+        config.weights,
+        config.learner,
+        config.loop,
+        config.evaluation,
+        config.tracking,
+    ]
+    own = [sentence for section in sections for sentence in section.check()]
+    return own or list(_across(config))
+
+
+def _across(config: Config) -> Iterator[str]:
+    """Impossible combinations of keys in different sections."""
+    algorithm, loop, rollout = config.algorithm, config.loop, config.rollout
+    if config.resume != "never":
+        yield f"resume={config.resume} is not available: set resume=never and start anew."
+    if config.run.seed < 0:
+        yield f"run.seed={config.run.seed} must be at least 0: raise it."
+    if algorithm.overlong.buffer > rollout.max_new_tokens:
+        yield (
+            f"algorithm.overlong.buffer={algorithm.overlong.buffer} is longer than the response limit "
+            f"rollout.max_new_tokens={rollout.max_new_tokens}: shorten the buffer."
+        )
+    if algorithm.dynamic_sampling.enabled and loop.group_size < 2:
+        yield (
+            f"algorithm.dynamic_sampling.enabled=true needs groups that can disagree but "
+            f"loop.group_size={loop.group_size}: set loop.group_size to 2 or more."
+        )
+    for name, neutral in (("top_p", 1), ("top_k", 0), ("min_p", 0)):
+        value = getattr(rollout, name)
+        if value != neutral:
+            yield (
+                f"rollout.{name}={value} cuts the sampling distribution, which the learner cannot "
+                f"renormalize: set rollout.{name}={neutral}."
+            )
+    if algorithm.old_logprobs is OldLogprobs.current and loop.optimizer_steps > 1:
+        yield (
+            f"algorithm.old_logprobs=current needs one optimizer step a rollout but loop.mini_batch="
+            f"{loop.mini_batch} and loop.epochs={loop.epochs} give {loop.optimizer_steps}: set "
+            f"algorithm.old_logprobs=recompute."
+        )
+    limit = config.data.max_prompt_tokens + rollout.max_new_tokens
+    if 0 < rollout.max_model_len < limit:
+        yield (
+            f"rollout.max_model_len={rollout.max_model_len} is shorter than data.max_prompt_tokens + "
+            f"rollout.max_new_tokens = {limit}: raise it or set 0."
+        )
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]

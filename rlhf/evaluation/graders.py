@@ -1,0 +1,27 @@
+"""Second opinions that evaluation reports beside the strict rule."""
+
+from __future__ import annotations
+
+from rlhf.evaluation.runner import Grader
+from rlhf.rewards import dapo_math, exact
+from rlhf.rewards.config import RewardConfig
+from rlhf.rewards.grade import Response
+from rollout.types import FinishReason, Prompt, Trajectory
+
+INTEGER_KINDS = (exact.KIND.name, dapo_math.KIND.name)
+"""Kinds whose answers are integers, so that a mention of the answer can be looked for."""
+
+
+def second_opinions(config: RewardConfig) -> dict[str, Grader]:
+    """`any_mention` where answers are integers: what the model knows, whatever form it answers in."""
+    integers = any(part.kind in INTEGER_KINDS for part in config.parts.values())
+    return {"any_mention": _any_mention} if integers else {}
+
+
+def _any_mention(prompt: Prompt, trajectory: Trajectory) -> float:
+    response = Response(
+        text=trajectory.text,
+        finished=trajectory.finish_reason is FinishReason.STOP,
+        length=len(trajectory.response_ids),
+    )
+    return exact.grade(response, prompt.answer, exact.ExactSpec(rule=exact.ExactRule.any_mention)).accuracy

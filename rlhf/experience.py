@@ -1,0 +1,95 @@
+"""What a step's experience looked like, as metrics: rewards, lengths, staleness, means over updates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from rollout.types import Group, Trajectory
+
+
+def experience_metrics(generated: Sequence[Group], kept: Sequence[Group], step: int) -> dict[str, float]:
+    """`train/*`, `reward/*`, `length/*` over everything generated, `staleness/*` over what is learned from.
+
+    `step` is the number of published updates; a group's age is `step - born`.
+    """
+    found: dict[str, float] = {}
+    trajectories = [t for group in generated for t in group.trajectories]
+    if trajectories:
+        found |= _outcomes(trajectories) | _parts(trajectories) | _lengths(trajectories)
+        found["length/prompt_mean"] = _mean([len(group.prompt.token_ids) for group in generated])
+    ages = [step - group.born for group in kept]
+    if ages:
+        found |= {"staleness/mean": _mean(ages), "staleness/max": float(max(ages))}
+    return found
+
+
+def mean_updates(updates: Sequence[dict[str, float]]) -> dict[str, float]:
+    """A rollout's optimizer steps as one: maxima stay maxima, counters are the last, the rest are means."""
+    found: dict[str, float] = {}
+    for name in {name for update in updates for name in update}:
+        values = [update[name] for update in updates if name in update]
+        if name.endswith("_max"):
+            found[name] = max(values)
+        elif name in ("learner/optimizer_steps", "learner/lr"):
+            found[name] = values[-1]
+        elif name == "learner/tokens":
+            found[name] = sum(values)
+        else:
+            found[name] = _mean(values)
+    return found
+
+
+def throughput(metrics: dict[str, float], times: dict[str, float]) -> dict[str, float]:
+    """Tokens a second: generated over rollout seconds and over the step, learned over update seconds."""
+    found: dict[str, float] = {}
+    generated = metrics.get("length/mean", 0.0) * metrics.get("train/responses", 0.0)
+    for name, tokens, phase in [
+        ("generated", generated, "time/rollout"),
+        ("learned", metrics.get("learner/tokens", 0.0), "time/update"),
+        ("total", generated, "time/step"),
+    ]:
+        if tokens and times.get(phase):
+            found[f"throughput/{name}"] = tokens / times[phase]
+    return found
+
+
+def _outcomes(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    rewards = [t.reward for t in trajectories]
+    return {
+        "train/accuracy": _mean([t.accuracy for t in trajectories]),
+        "train/reward": _mean(rewards),
+        "train/reward_std": float(np.std(rewards)),
+        "train/format": _mean([not t.truncated and t.extracted is not None for t in trajectories]),
+        "train/responses": float(len(trajectories)),
+    }
+
+
+def _parts(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Mean and spread of each reward part, over the responses that have it."""
+    found: dict[str, float] = {}
+    for name in sorted({name for t in trajectories for name in t.rewards}):
+        values = [t.rewards[name] for t in trajectories if name in t.rewards]
+        found |= {f"reward/{name}_mean": _mean(values), f"reward/{name}_std": float(np.std(values))}
+    return found
+
+
+def _lengths(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    lengths = np.array([len(t.response_ids) for t in trajectories], dtype=float)
+    right = np.array([t.accuracy > 0.5 for t in trajectories])
+    found = {
+        "length/mean": float(lengths.mean()),
+        "length/p95": float(np.percentile(lengths, 95)),
+        "length/max": float(lengths.max()),
+        "length/truncated": _mean([t.truncated for t in trajectories]),
+    }
+    if right.any():
+        found["length/right_mean"] = float(lengths[right].mean())
+    if not right.all():
+        found["length/wrong_mean"] = float(lengths[~right].mean())
+    return found
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))

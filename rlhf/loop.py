@@ -1,0 +1,178 @@
+"""THE loop: generate, score, select, learn, publish, prove; evaluate and record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf import report
+from rlhf.algorithms import overlong
+from rlhf.algorithms.config import KlPlace, OldLogprobs
+from rlhf.algorithms.dynamic_sampling import Selection
+from rlhf.algorithms.kl import response_penalty
+from rlhf.algorithms.losses import add_derived
+from rlhf.batching import MiniBatches, assign_advantages, mini_batches, plain_rows
+from rlhf.evaluation.runner import evaluate, sampling_for
+from rlhf.experience import experience_metrics, mean_updates, throughput
+from rlhf.run import Run
+from rollout.types import Group
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """What a finished run leaves behind."""
+
+    folder: Path
+    steps: int
+    metrics: dict[str, float]
+    """The last step's."""
+    first_accuracy: float | None
+    last_accuracy: float | None
+    """On the held-out set, before and after training; None without one."""
+
+    def text(self) -> str:
+        """Two lines for the console."""
+        change = ""
+        if self.first_accuracy is not None and self.last_accuracy is not None:
+            change = f": held-out accuracy {self.first_accuracy:.1%} -> {self.last_accuracy:.1%}"
+        return f"{self.steps} steps{change}\nReport: {self.folder / 'report.md'}"
+
+
+def train(run: Run) -> Summary:
+    """Train until `loop.steps`, or until selection says that nothing is left to learn from."""
+    publish(run)
+    evaluate_if_due(run)
+    close_step(run)
+    while not run.finished:
+        selection = collect(run)
+        learn(run, selection.groups)
+        publish(run)
+        run.step += 1
+        run.stopped = selection.stop
+        evaluate_if_due(run)
+        if run.finished:
+            save(run)
+        close_step(run)
+    return summarize(run)
+
+
+def collect(run: Run) -> Selection:
+    """Draw prompts, generate and score whole groups until selection has enough."""
+    generated: list[Group] = []
+    run.selector.start(run.step)
+    while run.selector.missing():
+        picks = run.cursor.draw(run.selector.draws())
+        if not picks:
+            run.selector.exhaust("the training data ran out")
+            break
+        with run.clock("rollout"):
+            groups = run.generate(picks)
+        with run.clock("reward"):
+            score(run, groups)
+        run.selector.offer(groups)
+        generated += groups
+    selection = run.selector.finish()
+    if selection.shortage:
+        run.say(selection.shortage)
+    run.metrics |= experience_metrics(generated, selection.groups, run.step) | selection.counts
+    run.metrics |= {"train/prompts": run.cursor.consumed, "train/epoch": run.cursor.epoch}
+    run.trackers.completions(run.step + 1, generated)
+    with run.clock("record"):
+        run.recorder.write(run.step + 1, selection.groups + selection.carried + selection.dropped)
+    return selection
+
+
+def score(run: Run, groups: list[Group]) -> None:
+    """Grade, then shape: raw accuracy stays what it was, the reward takes length and KL."""
+    run.count(run.scorer.score(groups).failures())
+    algorithm = run.config.algorithm
+    overlong.shape_rewards(groups, algorithm.overlong, run.sampling.max_tokens)
+    if algorithm.kl.coefficient and algorithm.kl.place is KlPlace.reward:
+        trajectories = [t for group in groups for t in group.trajectories]
+        rows = plain_rows(groups)
+        old, reference = run.learner.logprobs(rows), run.learner.reference_logprobs(rows)
+        for trajectory, now, then in zip(trajectories, old, reference, strict=True):
+            trajectory.rewards["kl"] = response_penalty(algorithm.kl, now, then)
+            trajectory.reward += trajectory.rewards["kl"]
+
+
+def learn(run: Run, groups: list[Group]) -> None:
+    """Advantages, rows, the log-probs that the algorithm asks for, then one optimizer step a mini-batch."""
+    config = run.config
+    with run.clock("batching"):
+        assign_advantages(groups, config.algorithm)
+        batches = mini_batches(groups, config.algorithm, config.loop, run.sampling.max_tokens)
+    with run.clock("logprobs"):
+        fill_logprobs(run, batches)
+    with run.clock("update"):
+        updates = run.learner.update(batches.batches)
+        run.learner.end_rollout()
+    means = mean_updates(updates)
+    add_derived(means)
+    run.metrics |= means
+    run.metrics["train/empty_responses"] = batches.empty_responses
+
+
+def fill_logprobs(run: Run, batches: MiniBatches) -> None:
+    """Old and reference log-probs, where the algorithm needs a pass of their own for them."""
+    algorithm = run.config.algorithm
+    if algorithm.old_logprobs is OldLogprobs.recompute:
+        for row, values in zip(batches.rows, run.learner.logprobs(batches.rows), strict=True):
+            row.old_logprobs = values
+    elif algorithm.old_logprobs is OldLogprobs.rollout:
+        for row in batches.rows:
+            row.old_logprobs = row.rollout_logprobs
+    if algorithm.kl.coefficient and algorithm.kl.place is KlPlace.loss:
+        for row, values in zip(batches.rows, run.learner.reference_logprobs(batches.rows), strict=True):
+            row.reference_logprobs = values
+
+
+def publish(run: Run) -> None:
+    """Send the weights to every engine and prove that they arrived; stops the run when they did not."""
+    with run.clock("publish"):
+        run.metrics |= run.publisher.publish(run.learner.weights(), run.learner.score).metrics()
+
+
+def evaluate_if_due(run: Run) -> None:
+    """Answer the held-out set with evaluation's own sampling."""
+    config = run.config
+    last = run.step if run.finished else config.loop.steps
+    if not run.heldout or not config.evaluation.due(run.step, last):
+        return
+    with run.clock("evaluation"):
+        sampling = sampling_for(config.evaluation, run.sampling)
+        result = evaluate(
+            run.heldout, run.answer, run.scorer.score, sampling, step=run.step, graders=run.graders
+        )
+        result.write(run.folder)
+    run.evaluations[run.step] = result
+    run.metrics |= result.metrics()
+
+
+def save(run: Run) -> None:
+    """Write the model as a Hugging Face folder."""
+    with run.clock("checkpoint"):
+        run.learner.save(run.folder / "checkpoints" / f"step-{run.step}", run.tokenizer)
+
+
+def close_step(run: Run) -> None:
+    """Close the step's books and hand them to the trackers."""
+    times = run.clock.metrics()
+    run.metrics |= times | throughput(run.metrics, times) | run.memory.metrics()
+    with run.clock("tracking"):
+        run.trackers.log(run.step, run.metrics)
+    run.last_metrics, run.metrics = run.metrics, {}
+
+
+def summarize(run: Run) -> Summary:
+    """Write the report and say where it is."""
+    run.trackers.close()
+    report.write(run.folder)
+    accuracies = [run.evaluations[step].accuracy for step in sorted(run.evaluations)]
+    return Summary(
+        folder=run.folder,
+        steps=run.step,
+        metrics=run.last_metrics,
+        first_accuracy=accuracies[0] if accuracies else None,
+        last_accuracy=accuracies[-1] if accuracies else None,
+    )

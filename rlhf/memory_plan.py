@@ -1,0 +1,110 @@
+"""How much memory a configuration will take: a model's dimensions, arithmetic from `trainer.memory`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf.config import Config
+from rlhf.models import SMOLLM2, cache_folder
+from rollout.config import EngineProcess
+from trainer.config import OptimizerName
+from trainer.memory.estimate import Estimate, ModelShape, engine_memory, learner_memory
+
+NOTHING = Estimate({})
+KNOWN = {
+    SMOLLM2: ModelShape(576, 30, 1536, 49152, 9, 3, 64, True),
+    "Qwen/Qwen2.5-Math-7B": ModelShape(3584, 28, 18944, 152064, 28, 4, 128, False),
+    "Qwen/Qwen2.5-32B": ModelShape(5120, 64, 27648, 152064, 40, 8, 128, False),
+}
+"""Dimensions of the models in shipped recipes, so that `explain` needs no download."""
+MOMENTS = {
+    OptimizerName.adamw: 2,
+    OptimizerName.schedulefree: 2,
+    OptimizerName.sgd: 1,
+    OptimizerName.muon: 1,
+    OptimizerName.lion: 1,
+    OptimizerName.adafactor: 0,
+}
+ENGINE_KV_LIMIT = 4 << 30
+"""Most cache that a CPU engine takes by itself."""
+BLOCK = 128
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Estimates for one learner process and each engine."""
+
+    learner: Estimate
+    engine: Estimate
+    engines: int
+    unknown: str = ""
+    """Why there is no estimate; empty when there is one."""
+
+    @property
+    def total(self) -> float:
+        """Bytes of the whole run on one machine."""
+        return self.learner.total + self.engines * self.engine.total
+
+
+def plan_memory(config: Config) -> MemoryPlan:
+    """Estimate from dimensions alone; says what is missing when the model's are not on this machine."""
+    shape = _shape(config.model.path)
+    if shape is None:
+        why = f"{config.model.path} is not on this machine, so its dimensions are unknown: no estimate."
+        return MemoryPlan(NOTHING, NOTHING, config.rollout.engines, why)
+    learner = config.learner
+    width = 4 if learner.dtype.value == "float32" else 2
+    share = _lora_share(shape, learner.lora.rank) if learner.lora.rank else 1.0
+    estimate = learner_memory(
+        shape,
+        token_budget=learner.token_budget,
+        compute_bytes=width,
+        master=width != 4,
+        moments=MOMENTS[learner.optimizer.name],
+        trained_share=share,
+        checkpointing=learner.activation_checkpointing,
+        reference=config.algorithm.kl.coefficient > 0 and not learner.lora.rank,
+    )
+    return MemoryPlan(estimate, _engine(config, shape), config.rollout.engines)
+
+
+def _engine(config: Config, shape: ModelShape) -> Estimate:
+    rollout = config.rollout
+    width = 4 if rollout.dtype.value == "float32" else 2
+    length = rollout.max_model_len or config.data.max_prompt_tokens + rollout.max_new_tokens
+    blocks = rollout.max_num_seqs * -(-(length + 1) // BLOCK) + 1
+    automatic = min(blocks * BLOCK * shape.kv_bytes_per_token(width), ENGINE_KV_LIMIT)
+    cache = rollout.kv_cache_gib * (1 << 30) or automatic
+    estimate = engine_memory(shape, kv_cache_bytes=cache, weight_bytes=width)
+    if rollout.process is EngineProcess.inprocess:
+        return Estimate({name: size for name, size in estimate.parts.items() if name != "process"})
+    return estimate
+
+
+def _shape(path: str) -> ModelShape | None:
+    """Dimensions from the table, a local folder, our cache or the hub's cache; never from the network."""
+    if path in KNOWN:
+        return KNOWN[path]
+    hub = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub"
+    snapshots = sorted((hub / f"models--{path.replace('/', '--')}" / "snapshots").glob("*"))
+    tiny = sorted((cache_folder() / "models").glob(f"{path}-v*")) if path.startswith("tiny-") else []
+    for folder in (Path(path).expanduser(), *tiny, *snapshots):
+        if (folder / "config.json").is_file():
+            return ModelShape.read(folder)
+    return None
+
+
+def _lora_share(shape: ModelShape, rank: int) -> float:
+    """Adapter parameters on all linear layers over all parameters."""
+    sizes = [
+        (shape.hidden, shape.heads * shape.head_dim),
+        (shape.hidden, shape.kv_heads * shape.head_dim),
+        (shape.hidden, shape.kv_heads * shape.head_dim),
+        (shape.heads * shape.head_dim, shape.hidden),
+        (shape.hidden, shape.intermediate),
+        (shape.hidden, shape.intermediate),
+        (shape.intermediate, shape.hidden),
+    ]
+    return shape.layers * rank * sum(a + b for a, b in sizes) / shape.parameters

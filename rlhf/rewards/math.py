@@ -1,0 +1,226 @@
+r"""Mathematical equality by the `math-verify` library: fractions, roots, sets, intervals, percentages, units.
+
+Chosen here, and tested against the library's version 0.9.0:
+- *Last box only.* The library fuses neighboring boxes (`\boxed{539} or \boxed{540}` becomes 539540); only the
+  last one is handed to it.
+- *Gold first.* `verify(gold, answer)` is not symmetric: an inequality as gold accepts the interval, not the
+  other way round.
+- *Gold wrapped.* A bare LaTeX gold is misread (`\left( 3, \frac{\pi}{2} \right)` becomes 3), so it is boxed.
+- *Malformed LaTeX is not repaired* in answers (a reward that repairs teaches it), but TeX's own shorthand is
+  spelled out on both sides: `\frac43` and `\sqrt2` are valid.
+- *Strings and numbers first.* Equal formulas are right, numbers that differ are wrong; neither needs SymPy.
+- *No time limit of its own.* The library's uses `signal.alarm`, which works on a main thread only, and SymPy
+  can spend hours on a tower of powers: this kind always runs in the killable processes of `sandbox.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+from rlhf.errors import UserError
+from rlhf.rewards.exact import integer, last_box
+from rlhf.rewards.grade import Grade, Kind, Response, Status, failed, register
+
+
+class Extract(StrEnum):
+    """Which part of a response is the answer."""
+
+    boxed = "boxed"
+    r"""The last `\boxed{}`, nothing else; for rewards."""
+    lenient = "lenient"
+    r"""The last `\boxed{}` if there is one, else what the library finds in the tail: "answer is …", the last
+    formula, the last number. For evaluating models that were not asked for a box."""
+
+
+@dataclass
+class MathSpec:
+    """Options of `math_verify`."""
+
+    extract: Extract = Extract.boxed
+    """Which part of a response is the answer."""
+    max_chars: int = 512
+    """A longer answer counts as none (the longest of MATH-500 has 159 characters); `lenient` looks at no more
+    than this much from the end."""
+
+    def check(self) -> list[str]:
+        """Sentences about impossible values."""
+        return [] if self.max_chars > 0 else [f"args.max_chars={self.max_chars} must be at least 1."]
+
+
+def grade(response: Response, gold: str | None, spec: MathSpec) -> Grade:
+    """Whether the answer of the response equals `gold` mathematically. May run for hours: see the module."""
+    settled = prepare(response, gold, spec)
+    if isinstance(settled, Grade):
+        return settled
+    assert gold is not None
+    parsed_gold = _parse_gold(_bare(gold))
+    if not parsed_gold:
+        return failed(KIND.label, Status.gold_unparsable)
+    box = last_box(settled.text)
+    if box is None:
+        parsed, answer = _parse_text(settled.text)
+    else:
+        parsed, answer = _parse_box(box, lenient=False), box.strip()
+    if not parsed:
+        return failed(KIND.label, Status.no_answer)
+    right = _library().verify(parsed_gold, parsed, timeout_seconds=None)
+    return Grade(accuracy=float(right), extracted=answer, grader=KIND.label)
+
+
+def prepare(response: Response, gold: str | None, spec: MathSpec) -> Grade | Response:
+    """The verdict where plain text settles it, else the response cut down to its answer."""
+    target = _bare(gold) if gold is not None else ""
+    if not target or len(target) > spec.max_chars:
+        return failed(KIND.label, Status.gold_unparsable)
+    box = last_box(response.text)
+    if box is None:
+        if spec.extract is Extract.boxed or not response.text.strip():
+            return failed(KIND.label, Status.no_answer)
+        return replace(response, text=response.text[-spec.max_chars :], length=0, finished=True)
+    answer = box.strip()
+    if not answer or len(answer) > spec.max_chars:
+        return failed(KIND.label, Status.no_answer)
+    same = _settled(answer, target)
+    if same is None:
+        return Response(text=rf"\boxed{{{answer}}}")
+    return Grade(accuracy=float(same), extracted=integer(answer) or answer, grader=KIND.label)
+
+
+_NUMBER = re.compile(
+    r"(-?)(?:\\[dt]?frac\{(\d{1,9})\}\{(\d{1,9})\}|(\d{1,9})/(\d{1,9})|(\d{1,15}(?:\.\d{1,15})?))"
+)
+_SPACING = re.compile(r"\s+|\\[,;:! ]|\\(?:left|right)(?![A-Za-z])")
+_FAR_APART = Fraction(1, 1000)
+
+
+def _settled(answer: str, target: str) -> bool | None:
+    """Whether two formulas are equal where that needs no SymPy; None where it does.
+
+    Equal up to spacing is right. Of two plain numbers, equal ones are right, those more than a thousandth
+    apart wrong; closer ones are left to the library, which compares floats to six decimals.
+    """
+    answer, target = _plain(answer), _plain(target)
+    if answer == target:
+        return True
+    whole, gold_whole = integer(answer), integer(target)
+    if whole is not None and gold_whole is not None:
+        return whole == gold_whole
+    number, gold_number = _rational(answer), _rational(target)
+    if number is None or gold_number is None:
+        return None
+    if number == gold_number:
+        return True
+    return False if abs(number - gold_number) > _FAR_APART else None
+
+
+def _plain(latex: str) -> str:
+    """A formula without what TeX ignores: blanks, thin spaces, the growing of brackets, shorthand."""
+    return _SPACING.sub("", spelled_out(latex)).replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac")
+
+
+def _rational(latex: str) -> Fraction | None:
+    """The value of a plain number, decimal or fraction; None for everything else."""
+    match = _NUMBER.fullmatch(latex)
+    if match is None:
+        return None
+    sign, above, below, left, right, number = match.groups()
+    if number is None and int(below or right) == 0:
+        return None
+    value = Fraction(number) if number is not None else Fraction(int(above or left), int(below or right))
+    return -value if sign else value
+
+
+_ARGUMENT = r"(\{(?:[^{}]|\{[^{}]*\})*\}|\\[A-Za-z]+|[^\s{}\\])"
+_FRACTION = re.compile(rf"(\\[dt]?frac)\s*{_ARGUMENT}\s*{_ARGUMENT}")
+_ROOT = re.compile(r"(\\sqrt)\s*(\\[A-Za-z]+|[^\s{}\\\[])")
+
+
+def spelled_out(latex: str) -> str:
+    r"""TeX's shorthand with its braces: `\frac43` -> `\frac{4}{3}`, `\sqrt2` -> `\sqrt{2}`."""
+
+    def fraction(match: re.Match[str]) -> str:
+        parts = (part if part.startswith("{") else f"{{{part}}}" for part in match.groups()[1:])
+        return match[1] + "".join(parts)
+
+    return _ROOT.sub(r"\1{\2}", _FRACTION.sub(fraction, latex))
+
+
+def _bare(gold: str) -> str:
+    """A gold answer without its box and dollars."""
+    box = last_box(gold)
+    inner = (gold if box is None else box).strip()
+    if len(inner) > 1 and inner.startswith("$") and inner.endswith("$") and "$" not in inner[1:-1]:
+        inner = inner[1:-1].strip()
+    return inner
+
+
+@lru_cache(maxsize=1)
+def _library() -> Any:
+    """The `math_verify` module, silenced: it warns once a process that its time limits are off."""
+    try:
+        import math_verify
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "kind=math_verify needs the package math-verify: install it, or choose kind=exact_integer."
+        ) from error
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    return math_verify
+
+
+@lru_cache(maxsize=2)
+def _latex_config(lenient: bool) -> Any:
+    """How LaTeX is read: as the library's authors advise for rewards, or lenient (gold answers)."""
+    from latex2sympy2_extended import NormalizationConfig
+
+    normalization = NormalizationConfig(
+        basic_latex=True, units=True, malformed_operators=lenient, nits=lenient, boxed="all", equations=False
+    )
+    return _library().LatexExtractionConfig(boxed_match_priority=0, normalization_config=normalization)
+
+
+@lru_cache(maxsize=4096)
+def _parse_gold(gold: str) -> list[Any]:
+    """Parsed once for all responses of a group."""
+    return _parse_box(gold, lenient=True)
+
+
+def _parse_box(content: str, *, lenient: bool) -> list[Any]:
+    """SymPy objects (and strings) that stand for `content`; empty when nothing was read.
+
+    A percentage goes outside the formula, where the library sees it.
+    """
+    content = spelled_out(content)
+    number = re.fullmatch(r"(.*[^\\\s])\s*\\?%", content.strip(), re.DOTALL)
+    text = f"${number[1]}$%" if number else rf"\boxed{{{content}}}"
+    return _library().parse(text, (_latex_config(lenient),), parsing_timeout=None)
+
+
+def _parse_text(text: str) -> tuple[list[Any], str | None]:
+    """What the library finds in free text, and how it is spelled there."""
+    configs = (_latex_config(False), _library().ExprExtractionConfig())
+    parsed = _library().parse(spelled_out(text), configs, parsing_timeout=None)
+    return parsed, str(parsed[-1]) if parsed else None
+
+
+def warm_up() -> None:
+    """Import the library and parse once, so that the first answer does not pay for it within its limit."""
+    _library().verify(_parse_gold("1"), _parse_box(r"\frac{1}{2}", lenient=False), timeout_seconds=None)
+
+
+KIND = register(
+    Kind(
+        name="math_verify",
+        version=1,
+        spec=MathSpec,
+        grade=grade,
+        prepare=prepare,
+        isolated=True,
+        warm_up=warm_up,
+    )
+)

@@ -1,0 +1,119 @@
+"""`Run`: the one object that owns every part of a training run and all of its state."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf.algorithms.dynamic_sampling import Selector
+from rlhf.clock import Clock
+from rlhf.config import Config
+from rlhf.data.cursor import Cursor, Pick
+from rlhf.evaluation.runner import Evaluation, Grader
+from rlhf.memory import MemoryMonitor
+from rlhf.rewards.base import Scorer
+from rlhf.tracking.base import Trackers
+from rollout.engine import Sampling
+from rollout.pool import Draw, LocalPool
+from rollout.recorder import Recorder
+from rollout.types import Group, Prompt
+from rollout.weights.publisher import Publisher
+from trainer.learner import Learner
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """Everything that a run holds, built by `rlhf.pipeline` and driven by `rlhf.loop`."""
+
+    config: Config
+    folder: Path
+    prompts: dict[str, list[Prompt]]
+    """Training prompts by source."""
+    heldout: list[Prompt]
+    cursor: Cursor
+    tokenizer: Any
+    pool: LocalPool
+    sampling: Sampling
+    scorer: Scorer
+    selector: Selector
+    learner: Learner
+    publisher: Publisher
+    graders: dict[str, Grader]
+    """Second opinions that evaluation reports beside the strict rule."""
+    trackers: Trackers
+    recorder: Recorder
+    clock: Clock
+    memory: MemoryMonitor
+    step: int = 0
+    """Rollout steps finished."""
+    stopped: bool = False
+    """Whether selection ended the run early for want of groups."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What the step in progress has measured so far."""
+    last_metrics: dict[str, float] = field(default_factory=dict)
+    """What the last closed step measured."""
+    evaluations: dict[int, Evaluation] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> bool:
+        """Whether no step is left."""
+        return self.stopped or self.step >= self.config.loop.steps
+
+    def generate(self, picks: Sequence[Pick]) -> list[Group]:
+        """One group of `loop.group_size` responses to each pick, seeded by the pick's serial number."""
+        draws = [
+            Draw(
+                prompt=self.prompts[pick.source][pick.index],
+                group_id=f"{pick.serial:08d}",
+                samples=self.config.loop.group_size,
+            )
+            for pick in picks
+        ]
+        return self.pool.generate(draws, self.sampling, born=self.step, decode=self.decode)
+
+    def answer(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+        """One response to each prompt, for evaluation; its group ids never meet training's."""
+        draws = [Draw(prompt=p, group_id=f"eval/{self.step}/{p.id}", samples=1) for p in prompts]
+        return self.pool.generate(draws, sampling, born=self.step, decode=self.decode)
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Text of a response without special tokens."""
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    def count(self, numbers: dict[str, float]) -> None:
+        """Add to counts of the step in progress, which several generation rounds share."""
+        for name, number in numbers.items():
+            self.metrics[name] = self.metrics.get(name, 0.0) + number
+
+    def say(self, sentence: str) -> None:
+        """Tell the user something that must not be missed."""
+        logger.warning(sentence)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs beside its configuration. Sampling has no state: seeds are hashes."""
+        return {
+            "step": self.step,
+            "learner": self.learner.state_dict(),
+            "cursor": self.cursor.state_dict(),
+            "selector": self.selector.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict()` of a run with the same configuration."""
+        self.step = state["step"]
+        self.learner.load_state_dict(state["learner"])
+        self.cursor.load_state_dict(state["cursor"])
+        self.selector.load_state_dict(state["selector"])
+
+    def close(self) -> None:
+        """Release engines, graders and trackers, whatever happened before."""
+        for part in (self.trackers, self.publisher, self.pool, self.scorer):
+            try:
+                part.close()
+            except Exception:
+                logger.exception("Closing %s failed.", type(part).__name__)

@@ -1,0 +1,190 @@
+# ruff: noqa: E501 (one sentence stays one line)
+"""Every mistake is one sentence that names the key, the value and the remedy; exit status 2; nothing is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlhf.cli import main
+from rlhf.compose import load
+from rlhf.preflight import run_folder
+
+DAPO = "dapo/tiny"
+
+CASES = [
+    # unknown keys, with the nearest valid one
+    (["loop.stpes=20"], "Unknown key 'loop.stpes' in 'loop.stpes=20': did you mean 'loop.steps'?"),
+    (["+loop.extra=1"], "Unknown key 'loop.extra' in '+loop.extra=1': did you mean 'loop.steps'?"),
+    (
+        ["++learner.lr=1e-6"],
+        "Unknown key 'learner.lr' in '++learner.lr=1e-6': did you mean 'learner.optimizer.lr'?",
+    ),
+    (
+        ["algorithm.clip_high=0.3"],
+        "Unknown key 'algorithm.clip_high' in 'algorithm.clip_high=0.3': did you mean 'algorithm.clip.high'?",
+    ),
+    (
+        ["reward.parts.exact.wieght=2"],
+        "Unknown key 'reward.parts.exact.wieght' in 'reward.parts.exact.wieght=2': ",
+    ),
+    (["qqqq=1"], "Unknown key 'qqqq' in 'qqqq=1': see docs/configuration.md for the valid keys."),
+    # grammar
+    (["loop.steps"], "'loop.steps' is not an override: write key=value, for example loop.steps=20."),
+    (["~loop.steps"], "'~loop.steps': a key cannot be deleted; set it to the value that you want instead."),
+    (
+        ["loop.steps=1,2"],
+        "'loop.steps=1,2' lists several values: start one run for each, or write loop.steps=[a,b] for a list.",
+    ),
+    # wrong types
+    (["loop.steps=many"], "loop.steps=many: give an integer."),
+    (["loop.steps=2.5"], "loop.steps=2.5: give an integer."),
+    (["learner.optimizer.lr=fast"], "learner.optimizer.lr=fast: give a number."),
+    (["learner.compile=maybe"], "learner.compile=maybe: give true or false."),
+    (
+        ["algorithm.aggregation=mean"],
+        "algorithm.aggregation=mean: choose one of token_mean, token_mean_group, ",
+    ),
+    (
+        ["algorithm.correction.level=false"],
+        "algorithm.correction.level=false: choose one of off, token, sequence, geometric (write 'off' in quotes in YAML).",
+    ),
+    (["loop=3"], "loop=3: this is a section, set one of its keys (loop.steps, ...)."),
+    # ranges
+    (["loop.steps=0"], "loop.steps=0 must be at least 1: raise it."),
+    (["loop.group_size=0"], "loop.group_size=0 must be at least 1: raise it."),
+    (["run.seed=-1"], "run.seed=-1 must be at least 0: raise it."),
+    (
+        ["rollout.temperature=0"],
+        "rollout.temperature=0.0 must be above 0: the learner divides its logits by it.",
+    ),
+    (
+        ["algorithm.clip.low=-0.1"],
+        "algorithm.clip.low=-0.1 and clip.high=0.28 are distances from a ratio of 1: neither may be negative.",
+    ),
+    (["learner.token_budget=0"], "learner.token_budget=0 must be at least 1: raise it."),
+    (
+        ["learner.optimizer.betas=[0.9]"],
+        "learner.optimizer.betas=[0.9] must be two numbers from 0 to below 1: give [0.9, 0.999].",
+    ),
+    (
+        ["evaluation.every=-1"],
+        "evaluation.every=-1 is negative: set a number of steps, or 0 for none between the first and the last.",
+    ),
+    (["data.heldout=-1"], "data.heldout=-1 must be at least 0: raise it."),
+    (["reward.workers=0"], "reward.workers=0 must be at least 1."),
+    # impossible combinations
+    (
+        ["algorithm.clip.high=0.1"],
+        "algorithm.clip.high=0.1 is below algorithm.clip.low=0.2: raise clip.high or lower clip.low.",
+    ),
+    (["loop.mini_batch=3"], "loop.mini_batch=3 does not divide loop.prompts=4: choose one of 1, 2, 4."),
+    (
+        ["algorithm.overlong.buffer=9"],
+        "algorithm.overlong.buffer=9 is longer than the response limit rollout.max_new_tokens=8: shorten the buffer.",
+    ),
+    (
+        ["loop.group_size=1"],
+        "algorithm.dynamic_sampling.enabled=true needs groups that can disagree but loop.group_size=1: set loop.group_size to 2 or more.",
+    ),
+    (
+        ["algorithm.old_logprobs=current"],
+        "algorithm.old_logprobs=current needs one optimizer step a rollout but loop.mini_batch=2 and loop.epochs=1 give 2: set algorithm.old_logprobs=recompute.",
+    ),
+    (
+        ["algorithm.old_logprobs=rollout"],
+        "algorithm.old_logprobs=rollout already divides by the engine's log-probs, so algorithm.correction.level=token would count the mismatch twice: set correction.level=off, or old_logprobs=recompute.",
+    ),
+    (
+        ["rollout.top_p=0.9"],
+        "rollout.top_p=0.9 cuts the sampling distribution, which the learner cannot renormalize: set rollout.top_p=1.",
+    ),
+    (
+        ["rollout.top_k=5"],
+        "rollout.top_k=5 cuts the sampling distribution, which the learner cannot renormalize: set rollout.top_k=0.",
+    ),
+    (
+        ["rollout.min_p=0.1"],
+        "rollout.min_p=0.1 cuts the sampling distribution, which the learner cannot renormalize: set rollout.min_p=0.",
+    ),
+    (
+        ["rollout.max_model_len=16"],
+        "rollout.max_model_len=16 is shorter than data.max_prompt_tokens + rollout.max_new_tokens = 136: raise it or set 0.",
+    ),
+    (
+        ["rollout.engines=2"],
+        "rollout.engines=2 with rollout.process=inprocess: one process holds one engine; use rollout.process=child.",
+    ),
+    (["loop.staleness=1"], "loop.staleness=1 is not available: set loop.staleness=0 (synchronous)."),
+    (["resume=auto"], "resume=auto is not available: set resume=never and start anew."),
+    (["data.path=nowhere.txt"], "data.path=nowhere.txt is neither a task"),
+    (
+        ["reward.accuracy_from=style"],
+        "reward.accuracy_from='style' is no part of the reward: choose one of exact.",
+    ),
+    (
+        ["reward.parts.exact.kind=exact_integr"],
+        "reward.parts.exact.kind='exact_integr' is not known: did you mean 'exact_integer'?",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "sentence"), CASES, ids=[" ".join(case[0]) for case in CASES])
+def test_one_clear_sentence(
+    overrides: list[str],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", DAPO, *overrides]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith(f"rlhf: {sentence}"), said.err
+    assert said.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_recipe_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "dapo/arithmetik"]) == 2
+    assert (
+        capsys.readouterr().err == "rlhf: Unknown recipe 'dapo/arithmetik': did you mean 'dapo/arithmetic'?\n"
+    )
+
+
+def test_missing_recipe_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "./nowhere.yaml"]) == 2
+    assert capsys.readouterr().err == "rlhf: Recipe file './nowhere.yaml' does not exist.\n"
+
+
+def test_unknown_key_inside_a_recipe_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("# @package _global_\ndefaults: [/dapo/tiny, _self_]\nloop: {stpes: 3}\n")
+    assert main(["explain", str(recipe)]) == 2
+    assert f"Unknown key 'loop.stpes' in {recipe}: did you mean 'loop.steps'?" in capsys.readouterr().err
+
+
+def test_a_run_is_never_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text('{"step": 0}\n')
+    assert main(["train", DAPO, "run.name=mine"]) == 2
+    assert "run.name=mine: runs/mine already holds a run" in capsys.readouterr().err
+    assert main(["train", DAPO, f"run.dir={folder}"]) == 2
+    assert (folder / "metrics.jsonl").read_text() == '{"step": 0}\n'
+
+
+def test_runs_without_a_name_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load(DAPO)
+    assert run_folder(config, DAPO) == Path("runs/dapo-tiny")
+    assert run_folder(config, "./my/own.yaml") == Path("runs/own")
+    for name in ("dapo-tiny", "dapo-tiny-2"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.yaml").touch()
+    assert run_folder(config, DAPO) == Path("runs/dapo-tiny-3")

@@ -1,0 +1,1 @@
+"""Memory: estimates before a run; offload and low-memory learners plug in here."""

@@ -1,0 +1,126 @@
+"""Memory of learner and engine before anything is loaded: arithmetic over a model's dimensions.
+
+The structural terms (weights, gradients, moments, cache) are exact counts. Three constants cannot be
+counted and were fitted on the demo (`tests/benchmarks/memory_estimate.py` reports the error elsewhere).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+PROCESS_BYTES = 0.75e9
+"""Resident memory of a python process that has imported torch and transformers."""
+ENGINE_PROCESS_BYTES = 1.15e9
+"""Resident memory of an engine process beside weights and cache: interpreter, vLLM, work space."""
+ACTIVATION_FACTOR = 1.15
+"""Measured over counted activation bytes: allocator slack and what autograd keeps besides."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """The dimensions that memory depends on."""
+
+    hidden: int
+    layers: int
+    intermediate: int
+    vocabulary: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    tied: bool
+
+    @classmethod
+    def read(cls, folder: Path) -> ModelShape:
+        """Read a Hugging Face `config.json`. Raises `KeyError` when a dimension is missing."""
+        raw = json.loads((folder / "config.json").read_text())
+        heads = raw["num_attention_heads"]
+        return cls(
+            hidden=raw["hidden_size"], layers=raw["num_hidden_layers"], intermediate=raw["intermediate_size"],
+            vocabulary=raw["vocab_size"], heads=heads, kv_heads=raw.get("num_key_value_heads") or heads,
+            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+            tied=bool(raw.get("tie_word_embeddings", False)),
+        )
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of one decoder layer: attention, gated MLP, two norms."""
+        attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
+        return attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        """All parameters, a tied head counted once."""
+        embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
+        return embeddings + self.layers * self.layer_parameters + self.hidden
+
+    def kv_bytes_per_token(self, bytes_per_value: int = 2) -> int:
+        """Cache that one token takes in the engine."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * bytes_per_value
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Bytes by name, in the order in which they are printed."""
+
+    parts: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        """Sum of the parts, bytes."""
+        return sum(self.parts.values())
+
+
+def learner_memory(
+    shape: ModelShape,
+    *,
+    token_budget: int,
+    compute_bytes: int = 2,
+    master: bool = True,
+    moments: int = 2,
+    trained_share: float = 1.0,
+    checkpointing: bool = False,
+    reference: bool = False,
+    logit_chunk: int = 1024,
+) -> Estimate:
+    """Peak of the learner: weights, fp32 masters, gradients, moments, activations, one logit chunk.
+
+    `trained_share` is the share of parameters that train (LoRA); `moments` fp32 states a parameter.
+    """
+    trained = shape.parameters * trained_share
+    parts = {
+        "process": PROCESS_BYTES,
+        "weights": shape.parameters * compute_bytes * (2.0 if reference else 1.0),
+        "master weights (fp32)": trained * 4.0 if master else 0.0,
+        "gradients": trained * 4.0,
+        "optimizer states (fp32)": trained * 4.0 * moments,
+        "activations": token_budget * _activation_bytes(shape, compute_bytes, checkpointing) * ACTIVATION_FACTOR,
+        "logits (one chunk)": 3.0 * logit_chunk * shape.vocabulary * 4,
+    }
+    return Estimate({name: size for name, size in parts.items() if size})
+
+
+def engine_memory(shape: ModelShape, *, kv_cache_bytes: float, weight_bytes: int = 2, repacked: bool = True) -> Estimate:
+    """Peak of one engine: weights, the copy in transit while it is being installed, cache, process."""
+    weights = float(shape.parameters * weight_bytes)
+    parts = {
+        "process": ENGINE_PROCESS_BYTES,
+        "weights": weights,
+        "weights in transit": weights if repacked else 0.0,
+        "kv cache": kv_cache_bytes,
+    }
+    return Estimate({name: size for name, size in parts.items() if size})
+
+
+def _activation_bytes(shape: ModelShape, width: int, checkpointing: bool) -> float:
+    """Bytes that one token keeps for the backward pass.
+
+    A layer keeps its two normalised inputs and residuals, q, k, v, the attention output and three MLP
+    intermediates; with checkpointing one residual a layer plus one layer in full.
+    """
+    attention = shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads)
+    layer = width * (6 * shape.hidden + attention + 4 * shape.intermediate)
+    if checkpointing:
+        return shape.layers * width * shape.hidden + layer
+    return float(shape.layers * layer)
