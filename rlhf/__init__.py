@@ -20,8 +20,8 @@ def train(
     """Train a recipe; its `Summary` has the run folder, last metrics, first and last evaluation.
 
     `overrides` maps dotted keys to values, `{"loop.steps": 20}`. `reward`, a
-    `fn(prompts, responses, answers, rows, **extra) -> list[float | dict]`, replaces the recipe's reward; `dataset`, a list of rows, replaces its data.
-    Raises `rlhf.errors.UserError` when the configuration cannot run.
+    `fn(prompts, responses, answers, rows, **extra) -> list[float | dict]`, replaces the recipe's reward;
+    `dataset`, a list of rows, replaces its data. Raises `rlhf.errors.UserError` when it cannot run.
     """
     from rlhf.compose import load
 

@@ -151,7 +151,12 @@ def _export(arguments: argparse.Namespace) -> int:
 def _show_log() -> None:
     """What the run says of itself (model, data, sampling, shortages) goes to standard error."""
     import logging
+    import os
+    import warnings
 
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for package in ("rlhf", "rollout", "trainer", "adapters"):
         logging.getLogger(package).setLevel(logging.INFO)

@@ -38,8 +38,9 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
     Raises `UserError` with one sentence that names the key, the value and the remedy.
     """
     parsed = [_checked(text) for text in overrides]
-    plain = _compose(recipe, parsed)
-    config = _structured(plain)
+    chosen = [override for override in parsed if override.key_or_group in _groups()]
+    plain = _compose(recipe, [(override.input_line or "").lstrip("+") for override in chosen])
+    config = _structured(plain, [override for override in parsed if override not in chosen])
     problems = check(config)
     if problems:
         raise UserError(problems[0])
@@ -169,8 +170,8 @@ def _locate(recipe: str) -> tuple[Path, str]:
     raise UserError(f"Unknown recipe '{recipe}': {hint}")
 
 
-def _compose(recipe: str, overrides: list[Override]) -> dict[str, Any]:
-    """Schema, then the recipe, then the overrides, as a plain dictionary."""
+def _compose(recipe: str, choices: list[str]) -> dict[str, Any]:
+    """Schema, then the recipe with these choices of groups (`algorithm=grpo`), as a plain dictionary."""
     folder, name = _locate(recipe)
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
@@ -182,25 +183,30 @@ def _compose(recipe: str, overrides: list[Override]) -> dict[str, Any]:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=str(folder), version_base="1.3"):
-            composed = compose(_PRIMARY, overrides=[_plain(o) for o in overrides])
+            composed = compose(_PRIMARY, overrides=choices)
             return typing.cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
     except (HydraException, OmegaConfBaseException) as error:
         raise _sentence(error, recipe) from error
 
 
-def _plain(override: Override) -> str:
-    """The override as Hydra takes it: values with `++` (a dictionary entry may be new), groups without."""
-    text = (override.input_line or "").lstrip("+")
-    return text if override.key_or_group in _groups() else f"++{text}"
-
-
-def _structured(plain: dict[str, Any]) -> Config:
+def _structured(plain: dict[str, Any], values: list[Override]) -> Config:
     """Merge onto the structured root, which refuses every unknown key and every wrong type."""
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), plain)
+        for override in values:
+            merged = OmegaConf.merge(merged, _nested(override))
         return typing.cast(Config, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise _sentence(error, "the configuration") from error
+
+
+def _nested(override: Override) -> dict[str, Any]:
+    """`a.b=1` -> `{"a": {"b": 1}}`."""
+    *sections, last = override.key_or_group.split(".")
+    nested: dict[str, Any] = {last: override.value()}
+    for name in reversed(sections):
+        nested = {name: nested}
+    return nested
 
 
 def _sentence(error: Exception, where: str) -> UserError:

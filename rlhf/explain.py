@@ -42,7 +42,8 @@ def _what(recipe: str, config: Config) -> list[str]:
         f"sampling at temperature {rollout.temperature:g}, up to {rollout.max_new_tokens} new tokens, "
         f"{rollout.engines} engine(s) in {rollout.dtype}",
         f"learner trains {trained} in {learner.dtype} with {learner.optimizer.name}, "
-        f"lr {learner.optimizer.lr:g}, {learner.schedule.name} schedule with {learner.schedule.warmup_steps} warm-up rollout steps",
+        f"lr {learner.optimizer.lr:g}, {learner.schedule.name} schedule, "
+        f"{learner.schedule.warmup_steps} warm-up rollout steps",
         f"evaluation at temperature {config.evaluation.temperature:g}"
         + (
             f" every {config.evaluation.every} steps" if config.evaluation.every else " at start and end only"
@@ -183,7 +184,7 @@ def _entropy(algorithm: AlgorithmConfig) -> str:
 def _old(algorithm: AlgorithmConfig) -> str:
     return {
         OldLogprobs.current: "old log-probs: the learner's own at the update, no extra pass.",
-        OldLogprobs.recompute: "old log-probs: recomputed by the learner before the first update, one more pass.",
+        OldLogprobs.recompute: "old log-probs: recomputed by the learner before the update, one more pass.",
         OldLogprobs.rollout: "old log-probs: the engine's; the ratio then holds the mismatch too.",
     }[algorithm.old_logprobs]
 

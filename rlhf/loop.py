@@ -46,6 +46,7 @@ def train(run: Run) -> Summary:
     while not run.finished:
         selection = collect(run)
         learn(run, selection.groups)
+        record(run, selection)
         publish(run)
         run.step += 1
         run.stopped = selection.stop
@@ -77,8 +78,6 @@ def collect(run: Run) -> Selection:
     run.metrics |= experience_metrics(generated, selection.groups, run.step) | selection.counts
     run.metrics |= {"train/prompts": run.cursor.consumed, "train/epoch": run.cursor.epoch}
     run.trackers.completions(run.step + 1, generated)
-    with run.clock("record"):
-        run.recorder.write(run.step + 1, selection.groups + selection.carried + selection.dropped)
     return selection
 
 
@@ -111,6 +110,12 @@ def learn(run: Run, groups: list[Group]) -> None:
     add_derived(means)
     run.metrics |= means
     run.metrics["train/empty_responses"] = batches.empty_responses
+
+
+def record(run: Run, selection: Selection) -> None:
+    """Write every group of the step, kept or not, advantages included."""
+    with run.clock("record"):
+        run.recorder.write(run.step + 1, selection.groups + selection.carried + selection.dropped)
 
 
 def fill_logprobs(run: Run, batches: MiniBatches) -> None:

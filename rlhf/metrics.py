@@ -114,6 +114,8 @@ learner/prompt_saving | share | tokens saved by computing a group's prompt once
 
 weights/version | version | version installed in the engines
 weights/bytes | bytes | bytes transferred
+weights/unchanged | tensors | tensors that did not change since the last version
+weights/read_back | places | places of the live model that were read back after the install
 weights/probe_gap_mean | nats | mean |learner - engine| log-prob on the probe after the publish
 weights/probe_gap_max | nats | largest such gap; beyond the tolerance the run stops
 weights/<phase>_seconds | seconds | one phase of the publish: gather, transfer, install, verify, probe

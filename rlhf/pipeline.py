@@ -6,8 +6,13 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from transformers.utils import logging as transformers_logging
 
 from rlhf import environment, models
 from rlhf.algorithms.dynamic_sampling import Selector
@@ -34,6 +39,7 @@ from rollout.engine import Engine
 from rollout.pool import Draw, LocalPool, build_engines
 from rollout.recorder import Recorder
 from rollout.types import Prompt
+from rollout.weights.probe import probe_sequences
 from rollout.weights.publisher import Publisher
 from trainer.learner import Learner
 from trainer.model import load_model
@@ -84,46 +90,68 @@ def build(
     reward: Callable[..., Any] | None = None,
     dataset: Sequence[Mapping[str, Any]] | None = None,
 ) -> Run:
-    """Load everything that a run needs, engines and learner side by side."""
+    """Load all that a run needs, engines and learner side by side; close what was opened on failure."""
+    transformers_logging.disable_progress_bar()
     config = _with_python_parts(config, reward, dataset)
-    folder = _claim(run_folder(config, recipe))
     splits = load_splits(config.data, dataset)
-    scorer = Scorer(config.reward, {PYTHON_PART: reward} if reward else None)
-    scorer.check_sources(source_names(splits))
-    trackers = build_trackers(config.tracking)
-    resolved = models.resolve(config.model)
-    tokenizer = models.load_tokenizer(resolved, config.model)
-    prompts, heldout = _prompts(config, splits, tokenizer)
-    learner, engines = _learner_and_engines(config, resolved, folder)
-    _write_records(config, folder, resolved)
-    sampling = config.rollout.sampling(models.end_token_ids(tokenizer, resolved.folder))
-    _announce(config, resolved, splits, engines, sampling, learner)
-    trackers.start(to_dict(config), folder)
-    clock = Clock()
-    probe = [prompt.token_ids for group in prompts.values() for prompt in group[:8]][:8]
-    return Run(
-        config=config,
+    with ExitStack() as opened:
+        scorer = opened.enter_context(Scorer(config.reward, {PYTHON_PART: reward} if reward else None))
+        scorer.check_sources(source_names(splits))
+        scorer.start()
+        trackers = opened.enter_context(build_trackers(config.tracking))
+        resolved = models.resolve(config.model)
+        tokenizer = models.load_tokenizer(resolved, config.model)
+        prompts, heldout = _prompts(config, splits, tokenizer)
+        folder = _claim(run_folder(config, recipe))
+        learner, engines = _learner_and_engines(config, resolved, folder)
+        pool = opened.enter_context(closing(LocalPool(engines, config.run.seed)))
+        publisher = opened.enter_context(closing(_publisher(config, engines, prompts, tokenizer, folder)))
+        _write_records(config, folder, resolved, scorer)
+        sampling = config.rollout.sampling(models.end_token_ids(tokenizer, resolved.folder))
+        _announce(resolved, splits, engines, sampling, learner)
+        trackers.start(to_dict(config), folder)
+        clock = Clock()
+        opened.pop_all()
+        return Run(
+            config=config,
+            folder=folder,
+            prompts=prompts,
+            heldout=heldout,
+            cursor=_cursor(config, splits, prompts),
+            tokenizer=tokenizer,
+            pool=pool,
+            sampling=sampling,
+            scorer=scorer,
+            selector=Selector(config.algorithm.dynamic_sampling, config.loop.prompts),
+            learner=learner,
+            publisher=publisher,
+            graders=second_opinions(config.reward),
+            trackers=trackers,
+            recorder=Recorder(folder / "rollouts"),
+            clock=clock,
+            memory=MemoryMonitor(phase=lambda: clock.phase),
+        )
+
+
+def _cursor(config: Config, splits: Splits, prompts: dict[str, list[Prompt]]) -> Cursor:
+    sizes = {name: len(group) for name, group in prompts.items()}
+    return Cursor(sizes, seed=config.run.seed, weights=splits.weights, epochs=config.data.epochs)
+
+
+def _publisher(
+    config: Config, engines: list[Engine], prompts: dict[str, list[Prompt]], tokenizer: Any, folder: Path
+) -> Publisher:
+    """The channel to the engines; the probe is a few training prompts and random tokens."""
+    some = [prompt.token_ids for group in prompts.values() for prompt in group[:8]]
+    gpus = _gpus()
+    return Publisher(
+        engines,
+        config.weights,
+        probe_sequences(some, vocabulary=len(tokenizer)),
+        tensor_parallel=config.rollout.tensor_parallel,
         folder=folder,
-        prompts=prompts,
-        heldout=heldout,
-        cursor=Cursor(
-            {name: len(group) for name, group in prompts.items()},
-            seed=config.run.seed,
-            weights=splits.weights,
-            epochs=config.data.epochs,
-        ),
-        tokenizer=tokenizer,
-        pool=LocalPool(engines, config.run.seed),
-        sampling=sampling,
-        scorer=scorer,
-        selector=Selector(config.algorithm.dynamic_sampling, config.loop.prompts),
-        learner=learner,
-        publisher=Publisher(engines, config.weights, probe),
-        graders=second_opinions(config.reward),
-        trackers=trackers,
-        recorder=Recorder(folder / "rollouts"),
-        clock=clock,
-        memory=MemoryMonitor(phase=lambda: clock.phase),
+        on_gpu=gpus.engines,
+        shares_gpu=gpus.shared,
     )
 
 
@@ -196,6 +224,7 @@ def _learner_and_engines(
 
 
 def _engines(config: Config, resolved: ResolvedModel, folder: Path) -> list[Engine]:
+    gpus = _gpus()
     longest = max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens)
     return build_engines(
         config.rollout,
@@ -203,7 +232,7 @@ def _engines(config: Config, resolved: ResolvedModel, folder: Path) -> list[Engi
         tokenizer=str(resolved.tokenizer_folder),
         length=config.data.max_prompt_tokens + longest,
         seed=config.run.seed,
-        transport=config.weights.resolved_transport(),
+        transport=config.weights.resolve(on_gpu=gpus.engines, shares_gpu=gpus.shared).value,
         trust_remote_code=resolved.trust_remote_code,
         log_folder=folder / "logs",
     )
@@ -225,13 +254,29 @@ def _learner(config: Config, resolved: ResolvedModel, folder: Path) -> Learner:
     )
 
 
-def _write_records(config: Config, folder: Path, resolved: ResolvedModel) -> None:
-    (folder / "config.yaml").write_text(f"# model: {resolved.description}\n{to_yaml(config)}")
+@dataclass(frozen=True, slots=True)
+class _Gpus:
+    """Whether engines run on GPUs, and on the learner's."""
+
+    engines: bool
+    shared: bool
+
+
+def _gpus() -> _Gpus:
+    """Engines take a GPU when there is one, and share the learner's when there is no other."""
+    available = torch.cuda.is_available()
+    return _Gpus(engines=available, shared=available and torch.cuda.device_count() == 1)
+
+
+def _write_records(config: Config, folder: Path, resolved: ResolvedModel, scorer: Scorer) -> None:
+    """What ran: every key, the model, the graders by version, the machine."""
+    graders = ", ".join(f"{part}={label}" for part, label in scorer.graders().items())
+    head = f"# @package _global_\n# model: {resolved.description}\n# graders: {graders}\n"
+    (folder / "config.yaml").write_text(head + to_yaml(config))
     environment.write(folder)
 
 
 def _announce(
-    config: Config,
     resolved: ResolvedModel,
     splits: Splits,
     engines: list[Engine],

@@ -57,7 +57,7 @@ CASES = [
     (["run.seed=-1"], "run.seed=-1 must be at least 0: raise it."),
     (
         ["rollout.temperature=0"],
-        "rollout.temperature=0.0 must be above 0: the learner divides its logits by it.",
+        "rollout.temperature=0.0 must be above 0: the learner divides logits by it.",
     ),
     (
         ["algorithm.clip.low=-0.1"],
@@ -73,7 +73,7 @@ CASES = [
         "evaluation.every=-1 is negative: set a number of steps, or 0 for none between the first and the last.",
     ),
     (["data.heldout=-1"], "data.heldout=-1 must be at least 0: raise it."),
-    (["reward.workers=0"], "reward.workers=0 must be at least 1."),
+    (["reward.workers=-1"], "reward.workers=-1 is negative: give 1 or more, or 0 for one a core."),
     # impossible combinations
     (
         ["algorithm.clip.high=0.1"],

@@ -76,6 +76,17 @@ def test_overrides_and_groups() -> None:
     assert config.algorithm.aggregation is Aggregation.seq_mean_token_mean
 
 
+def test_a_new_entry_of_a_section() -> None:
+    overrides = [
+        "reward.parts.style.kind=format",
+        "reward.parts.style.weight=0.5",
+        "reward.parts.exact.weight=3",
+    ]
+    parts = load("dapo/tiny", [*overrides, "reward.parts.style.args={pattern: x}"]).reward.parts
+    assert (parts["style"].kind, parts["style"].weight, parts["exact"].weight) == ("format", 0.5, 3.0)
+    assert parts["exact"].kind == "exact_integer"
+
+
 def test_a_users_file_builds_on_a_shipped_recipe(tmp_path: Path) -> None:
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("# @package _global_\ndefaults: [/dapo/arithmetic, _self_]\nloop: {steps: 5}\n")

@@ -129,14 +129,14 @@ def test_from_python_in_five_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def shorter(
         prompts: list[str], responses: list[str], answers: list[str], rows: list[dict], **extra: object
     ) -> list[dict]:
-        assert {row["level"] for row in rows} == {1, 2}
+        assert {row["level"] for row in rows} <= {1, 2}
         return [{"brief": 1 / (1 + len(r)), "accuracy": float(len(r) % 2)} for r in responses]
 
     dataset = [{"prompt": f"{i} + 1", "answer": str(i + 1), "level": 1 + i % 2} for i in range(40)]
     summary = rlhf.train("dapo/tiny", {"loop.steps": 1, "data.heldout": 4}, reward=shorter, dataset=dataset)
     assert summary.steps == 1
     assert summary.folder == Path("runs/dapo-tiny")
-    assert "reward/reward/brief_mean" in summary.metrics or "reward/brief_mean" in summary.metrics
+    assert 0 < summary.metrics["reward/reward.brief_mean"] <= 1
 
 
 def test_dry_run_loads_no_model_and_writes_nothing(tmp_path: Path) -> None:

@@ -1,0 +1,90 @@
+"""Fixtures that all tests share, and the process settings that hold before torch is imported."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from rollout.vllm_engine import VllmEngine
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out `slow` tests unless `-m` is given; skip `gpu` tests where there is no CUDA device."""
+    if not config.option.markexpr:
+        slow = [item for item in items if "slow" in item.keywords]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if "slow" not in item.keywords]
+    gpu = [item for item in items if "gpu" in item.keywords]
+    if gpu and not _has_gpu():
+        for item in gpu:
+            item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The shared data sets: `WHETSTONE_DATA`, by default `../shared/data` beside the checkout."""
+    folder = Path(os.environ.get("WHETSTONE_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip("shared data not found")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random Llama (tied head) and its byte tokenizer."""
+    return _tiny("llama", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random Qwen3 (head of its own) and its byte tokenizer."""
+    return _tiny("qwen", tmp_path_factory)
+
+
+def _tiny(kind: str, factory: pytest.TempPathFactory) -> Path:
+    from rlhf.tiny_models import build_tiny
+
+    return build_tiny(kind, factory.mktemp("tiny") / kind)
+
+
+@pytest.fixture(scope="session")
+def engine(tiny_llama: Path) -> Iterator[VllmEngine]:
+    """One in-process vLLM engine on `tiny_llama` in float32, shared by the session (a start takes seconds).
+
+    A test that publishes weights into it must put the first ones back.
+    """
+    from rollout.vllm_engine import EngineSpec, VllmEngine
+
+    spec = EngineSpec(
+        model=str(tiny_llama),
+        dtype="float32",
+        max_model_len=256,
+        max_num_seqs=32,
+        kv_cache_bytes=64 << 20,
+        threads=1,
+        eager=True,
+        transport="shm",
+    )
+    started = VllmEngine(spec)
+    yield started
+    started.close()
