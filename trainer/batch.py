@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -92,7 +93,7 @@ class TokenBatch:
 
     def to(self, device: torch.device) -> TokenBatch:
         """The same batch with every tensor on `device`."""
-        moved = {
+        moved: dict[str, Any] = {
             item.name: value.to(device)
             for item in fields(self)
             if isinstance(value := getattr(self, item.name), torch.Tensor)

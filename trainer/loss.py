@@ -1,4 +1,4 @@
-"""The seam between learner and algorithm: a loss is a function of plain tensors and knows nothing of batches."""
+"""The seam between learner and algorithm: a loss is a function of plain tensors, it knows no batches."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class LossOutput:
     """What a loss returns for one micro-batch."""
 
     loss: Tensor
-    """Scalar SUM over this micro-batch, already weighted: micro-batches add up to the loss of the mini-batch."""
+    """Scalar SUM over this micro-batch, weighted: micro-batches add up to the loss of the mini-batch."""
     sums: dict[str, Tensor] = field(default_factory=dict)
     """Metric sums by metric name, scalars; divided by `counts` after all micro-batches were added."""
     counts: dict[str, Tensor] = field(default_factory=dict)

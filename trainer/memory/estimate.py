@@ -37,8 +37,12 @@ class ModelShape:
         raw = json.loads((folder / "config.json").read_text())
         heads = raw["num_attention_heads"]
         return cls(
-            hidden=raw["hidden_size"], layers=raw["num_hidden_layers"], intermediate=raw["intermediate_size"],
-            vocabulary=raw["vocab_size"], heads=heads, kv_heads=raw.get("num_key_value_heads") or heads,
+            hidden=raw["hidden_size"],
+            layers=raw["num_hidden_layers"],
+            intermediate=raw["intermediate_size"],
+            vocabulary=raw["vocab_size"],
+            heads=heads,
+            kv_heads=raw.get("num_key_value_heads") or heads,
             head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
             tied=bool(raw.get("tie_word_embeddings", False)),
         )
@@ -95,13 +99,17 @@ def learner_memory(
         "master weights (fp32)": trained * 4.0 if master else 0.0,
         "gradients": trained * 4.0,
         "optimizer states (fp32)": trained * 4.0 * moments,
-        "activations": token_budget * _activation_bytes(shape, compute_bytes, checkpointing) * ACTIVATION_FACTOR,
+        "activations": token_budget
+        * _activation_bytes(shape, compute_bytes, checkpointing)
+        * ACTIVATION_FACTOR,
         "logits (one chunk)": 3.0 * logit_chunk * shape.vocabulary * 4,
     }
     return Estimate({name: size for name, size in parts.items() if size})
 
 
-def engine_memory(shape: ModelShape, *, kv_cache_bytes: float, weight_bytes: int = 2, repacked: bool = True) -> Estimate:
+def engine_memory(
+    shape: ModelShape, *, kv_cache_bytes: float, weight_bytes: int = 2, repacked: bool = True
+) -> Estimate:
     """Peak of one engine: weights, the copy in transit while it is being installed, cache, process."""
     weights = float(shape.parameters * weight_bytes)
     parts = {

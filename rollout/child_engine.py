@@ -1,0 +1,252 @@
+"""`ChildEngine`: a `VllmEngine` in a process of its own, behind a pipe.
+
+vLLM's own engine process starts stepping while requests still arrive, outlives a SIGKILLed driver and dies
+on the driver's Ctrl-C. This one is handed a whole round at once, has its own session (no Ctrl-C of ours
+reaches it), dies with its parent however that ends, and has threads, preloaded libraries and variables of
+its own. A learner of several ranks can hold one, because torchrun's variables are not passed on.
+"""
+
+from __future__ import annotations
+
+import ctypes.util
+import functools
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import rollout
+from rollout.engine import Completion, Request, Sampling
+from rollout.engine_server import READY
+from rollout.vllm_engine import EngineSpec, thread_count
+
+TORCHRUN_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "GROUP_WORLD_SIZE",
+    "ROLE_RANK",
+    "ROLE_NAME",
+    "ROLE_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+
+CLOSE_SECONDS = 10.0
+"""How long a child may take to release its engine before it is killed."""
+
+TAIL_LINES = 25
+
+
+class EngineError(RuntimeError):
+    """An engine's process failed in a call; the message holds its traceback."""
+
+
+class EngineDied(EngineError):
+    """An engine's process is gone; the message holds its exit status and the end of its log."""
+
+
+class ChildEngine:
+    """An engine in a child process. Implements `rollout.engine.Engine`.
+
+    The constructor returns at once, so that several engines load at the same time; `wait` (or the first call)
+    waits until the model is loaded. One call at a time; different engines may be called from different
+    threads. Calls raise `EngineDied` when the process is gone, what the engine raised when that is a
+    builtin exception or one of `rollout`'s, else `EngineError`.
+    """
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self.spec = spec
+        self.log_path = Path(spec.log_path or _temporary_log())
+        self._temporary = not spec.log_path
+        self._version = 0
+        self._number = READY
+        self._ready = False
+        self._closed = False
+        self._lock = threading.Lock()
+        # The parent-death signal follows the *thread* that forked: a thread that lasts must do it.
+        self._process, self._connection = _spawner(os.getpid()).submit(_spawn, spec, self.log_path).result()
+        self._finalizer = weakref.finalize(self, _kill, self._process)
+
+    @property
+    def pid(self) -> int:
+        """The child's process id."""
+        return self._process.pid
+
+    @property
+    def weight_version(self) -> int:
+        """The version of the installed weights; 0 are those loaded from disk."""
+        return self._version
+
+    def wait(self) -> None:
+        """Wait until the model is loaded; raises what loading it raised."""
+        with self._lock:
+            self._wait_ready()
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """See `rollout.vllm_engine.VllmEngine.generate`."""
+        return self._call("generate", list(requests), sampling)
+
+    def score(self, sequences: Sequence[list[int]], temperature: float = 1.0) -> list[list[float]]:
+        """See `rollout.vllm_engine.VllmEngine.score`."""
+        return self._call("score", list(sequences), temperature)
+
+    def effective_sampling(self, sampling: Sampling) -> dict[str, Any]:
+        """See `rollout.vllm_engine.VllmEngine.effective_sampling`."""
+        return self._call("effective_sampling", sampling)
+
+    def init_transfer(self, info: dict[str, Any]) -> None:
+        """Open the weight channel that `spec.transport` names."""
+        self._call("init_transfer", info)
+
+    def receive_weights(self, info: dict[str, Any], version: int) -> dict[str, Any]:
+        """See `rollout.vllm_engine.VllmEngine.receive_weights`."""
+        report = self._call("receive_weights", info, version)
+        self._version = version
+        return report
+
+    def memory(self) -> dict[str, float]:
+        """Resident bytes of the child and bytes of its KV cache."""
+        return self._call("memory")
+
+    def close(self) -> None:
+        """End the child: gently when it is idle, by SIGKILL when it does not answer. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        idle = self._lock.acquire(timeout=CLOSE_SECONDS)
+        try:
+            if idle and self._ready and self._process.poll() is None:
+                self._connection.send((self._number + 1, "close", ()))
+                self._process.wait(CLOSE_SECONDS)
+        except (OSError, subprocess.TimeoutExpired):
+            pass  # it is killed below
+        finally:
+            if idle:
+                self._lock.release()
+        self._finalizer()
+        self._connection.close()
+        if self._temporary:
+            self.log_path.unlink(missing_ok=True)
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        with self._lock:
+            if self._closed:
+                raise EngineError("The engine is closed.")
+            self._wait_ready()
+            self._number += 1
+            try:
+                self._connection.send((self._number, name, arguments))
+            except OSError:
+                raise self._died() from None
+            return self._receive(self._number)
+
+    def _wait_ready(self) -> None:
+        if not self._ready:
+            self._receive(READY)
+            self._ready = True
+
+    def _receive(self, number: int) -> Any:
+        """The answer to call `number`; answers to calls that an interrupt gave up are passed over."""
+        while True:
+            try:
+                answered, succeeded, value = self._connection.recv()
+            except (EOFError, OSError):
+                raise self._died() from None
+            if answered == number:
+                break
+        if succeeded:
+            return value
+        error, lines = value
+        if isinstance(error, str):
+            raise EngineError(f"{error}\n\nIn the engine's process {self.pid}:\n{lines}")
+        error.add_note(f"In the engine's process {self.pid}:\n{lines}")
+        raise error
+
+    def _died(self) -> EngineDied:
+        try:
+            status = self._process.wait(CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._finalizer()
+            status = self._process.wait()
+        how = f"by {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
+        lines = self.log_path.read_text(errors="replace").splitlines()[-TAIL_LINES:]
+        log = "\n".join(lines) or "(empty)"
+        return EngineDied(
+            f"The engine's process {self.pid} ended {how}. The end of its log {self.log_path}:\n{log}"
+        )
+
+
+@functools.cache
+def _spawner(pid: int) -> ThreadPoolExecutor:
+    """One thread for the life of process `pid` that starts every child of it."""
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"engine-spawner-{pid}")
+
+
+def _spawn(spec: EngineSpec, log_path: Path) -> tuple[subprocess.Popen[bytes], Connection]:
+    ours, theirs = socket.socketpair()
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    with ours, theirs, log_path.open("ab") as log:
+        process = subprocess.Popen(
+            # -P: a module of the working directory must not shadow an installed one.
+            [sys.executable, "-P", "-m", "rollout.engine_server", str(theirs.fileno()), str(os.getpid())],
+            env=_environment(spec),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            pass_fds=(theirs.fileno(),),
+            start_new_session=True,
+        )
+        connection = Connection(ours.detach())
+    connection.send(spec)
+    return process, connection
+
+
+def _environment(spec: EngineSpec) -> dict[str, str]:
+    """The child's variables: ours without torchrun's, with threads and preloaded libraries of its own."""
+    variables = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in TORCHRUN_VARIABLES and not name.startswith("TORCHELASTIC_")
+    }
+    root = str(Path(rollout.__file__).parents[1])
+    variables["PYTHONPATH"] = os.pathsep.join(filter(None, [root, variables.get("PYTHONPATH", "")]))
+    variables["OMP_NUM_THREADS"] = str(thread_count(spec.threads))
+    libraries = preload_libraries() if spec.preload else []
+    if libraries:
+        variables["LD_PRELOAD"] = ":".join([*libraries, *filter(None, [variables.get("LD_PRELOAD")])])
+    return variables
+
+
+@functools.cache
+def preload_libraries() -> tuple[str, ...]:
+    """tcmalloc and Intel's OpenMP as vLLM advises on a CPU, those of them that this machine has. Linux
+    only."""
+    if sys.platform != "linux":
+        return ()
+    tcmalloc = ctypes.util.find_library("tcmalloc_minimal") or ctypes.util.find_library("tcmalloc")
+    openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
+    return tuple(filter(None, [tcmalloc, str(openmp) if openmp.exists() else None]))
+
+
+def _temporary_log() -> str:
+    descriptor, path = tempfile.mkstemp(prefix="whetstone-engine-", suffix=".log")
+    os.close(descriptor)
+    return path
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.kill()
+    process.wait()

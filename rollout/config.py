@@ -1,0 +1,137 @@
+"""`RolloutConfig`: how responses are generated. Imports neither torch nor vLLM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from rollout.engine import Sampling
+
+
+class PoolKind(StrEnum):
+    """Where the engines run."""
+
+    local = "local"
+    """On this machine."""
+
+
+class EngineProcess(StrEnum):
+    """Which process holds an engine."""
+
+    child = "child"
+    """A process of its own: own threads and libraries, dies with the run."""
+    inprocess = "inprocess"
+    """The learner's: starts sooner, one engine only, never beside a learner of several ranks."""
+
+
+class EngineDtype(StrEnum):
+    """Number format of an engine's weights, activations and KV cache."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+@dataclass
+class RolloutConfig:
+    """Engines and training's sampling."""
+
+    engines: int = 1
+    """Engines; the groups of a round are dealt out among them."""
+    pool: PoolKind = PoolKind.local
+    """Where the engines run: `local`."""
+    process: EngineProcess = EngineProcess.child
+    """`child`: an engine has a process of its own; `inprocess`: it shares the learner's."""
+    temperature: float = 1.0
+    """Sampling temperature, above 0. The learner divides its logits by the same number."""
+    top_p: float = 1.0
+    """Keep the likeliest tokens of this total probability, in (0, 1]; 1 keeps all."""
+    top_k: int = 0
+    """Keep this many of the likeliest tokens; 0 keeps all."""
+    min_p: float = 0.0
+    """Drop tokens less likely than this share of the likeliest one's probability, in [0, 1)."""
+    max_new_tokens: int = 16
+    """Most tokens of a response; one that reaches it is truncated."""
+    stop: list[str] = field(default_factory=list)
+    """Strings that end a response; it keeps the tokens that spell them. End tokens come from the model."""
+    dtype: EngineDtype = EngineDtype.bfloat16
+    """`bfloat16`, `float16` or `float32`."""
+    max_model_len: int = 0
+    """Most tokens of prompt and response together; 0: the longest that the run can ask for."""
+    max_num_seqs: int = 256
+    """Most responses that one engine decodes at once."""
+    kv_cache_gib: float = 0.0
+    """KV cache of one engine in GiB. 0: on a CPU room for `max_num_seqs` full sequences (at most 4 GiB), on a
+    GPU what `gpu_memory` leaves."""
+    threads: int = 0
+    """CPU threads of one engine; 0: the usable cores, divided among the engines."""
+    eager: bool = False
+    """Skip compilation: starts sooner, generates more slowly."""
+    prefix_caching: bool = True
+    """Compute a prompt's common prefix once for all its samples."""
+    tensor_parallel: int = 1
+    """GPUs that one engine spans."""
+    gpu_memory: float = 0.45
+    """Share of each GPU's memory that an engine takes, in (0, 1); leave room for a learner that shares it."""
+
+    def check(self) -> list[str]:
+        """Sentences about values that cannot work, empty when all can."""
+        problems = [
+            f"rollout.{key}={getattr(self, key)} must be at least {least}: raise it."
+            for key, least in _LEAST.items()
+            if getattr(self, key) < least
+        ]
+        if self.temperature <= 0:
+            problems.append(
+                f"rollout.temperature={self.temperature} must be above 0: the learner divides logits by it."
+            )
+        if not 0 < self.top_p <= 1:
+            problems.append(f"rollout.top_p={self.top_p} must lie in (0, 1]: use 1 to keep every token.")
+        if not 0 <= self.min_p < 1:
+            problems.append(f"rollout.min_p={self.min_p} must lie in [0, 1): use 0 to keep every token.")
+        if not 0 < self.gpu_memory < 1:
+            problems.append(
+                f"rollout.gpu_memory={self.gpu_memory} must lie in (0, 1): use 0.45 beside a learner."
+            )
+        if self.max_model_len and self.max_model_len <= self.max_new_tokens:
+            problems.append(
+                f"rollout.max_model_len={self.max_model_len} leaves no room for a prompt beside "
+                f"rollout.max_new_tokens={self.max_new_tokens}: raise max_model_len or use 0."
+            )
+        if self.process is EngineProcess.inprocess and self.engines > 1:
+            problems.append(
+                f"rollout.engines={self.engines} with rollout.process=inprocess: one process holds one "
+                "engine; use rollout.process=child."
+            )
+        if self.process is EngineProcess.inprocess and self.tensor_parallel > 1:
+            problems.append(
+                f"rollout.tensor_parallel={self.tensor_parallel} with rollout.process=inprocess: an engine "
+                "over several GPUs needs processes of its own; use rollout.process=child."
+            )
+        if any(not text for text in self.stop):
+            problems.append('rollout.stop holds an empty string, which would end every response: remove "".')
+        return problems
+
+    def sampling(self, stop_token_ids: tuple[int, ...] = ()) -> Sampling:
+        """Training's sampling, with the end tokens of the model."""
+        return Sampling(
+            max_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            stop=tuple(self.stop),
+            stop_token_ids=stop_token_ids,
+        )
+
+
+_LEAST = {
+    "engines": 1,
+    "top_k": 0,
+    "max_new_tokens": 1,
+    "max_model_len": 0,
+    "max_num_seqs": 1,
+    "kv_cache_gib": 0,
+    "threads": 0,
+    "tensor_parallel": 1,
+}

@@ -1,0 +1,103 @@
+"""The process behind `rollout.child_engine.ChildEngine`: one `VllmEngine` that answers calls from a pipe.
+
+`python -m rollout.engine_server FD PARENT`: `FD` is the child's end of a socket pair, `PARENT` the process
+that started it. Messages are pickled by `multiprocessing.Connection`; both ends are this program.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pickle
+import signal
+import sys
+import traceback
+from multiprocessing.connection import Connection
+from typing import Any
+
+from rollout.vllm_engine import EngineSpec, VllmEngine
+
+CALLS = frozenset(
+    (
+        "generate",
+        "score",
+        "init_transfer",
+        "receive_weights",
+        "memory",
+        "effective_sampling",
+        "weight_version",
+    )
+)
+"""What the parent may call; `weight_version` is a property."""
+
+READY = 0
+"""Number of the message that says that the engine is loaded; calls count from 1."""
+
+
+def die_with_parent(parent: int) -> None:
+    """Ask the kernel to SIGKILL this process when its parent ends, however it ends. Linux only.
+
+    Elsewhere the end of the pipe ends the process, as soon as it is not computing.
+    """
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it ended before the request was made
+        os._exit(1)
+
+
+def serve(connection: Connection) -> None:
+    """Build the engine that the first message describes, then answer calls until `close` or the pipe's
+    end."""
+    spec: EngineSpec = connection.recv()
+    try:
+        engine = VllmEngine(spec)
+    except Exception as error:
+        connection.send((READY, False, portable(error)))
+        return
+    connection.send((READY, True, None))
+    while True:
+        try:
+            number, name, arguments = connection.recv()
+        except EOFError:
+            return
+        if name == "close":
+            engine.close()
+            connection.send((number, True, None))
+            return
+        connection.send((number, *answer(engine, name, arguments)))
+
+
+def answer(engine: VllmEngine, name: str, arguments: tuple[Any, ...]) -> tuple[bool, Any]:
+    """Call one method; `(True, result)` or `(False, (exception, its traceback))`."""
+    try:
+        if name not in CALLS:
+            raise ValueError(f"The engine has no call '{name}'.")
+        target = getattr(engine, name)
+        return True, target(*arguments) if callable(target) else target
+    except Exception as error:
+        return False, portable(error)
+
+
+def portable(error: Exception) -> tuple[Exception | str, str]:
+    """The exception itself when the parent can rebuild it (a builtin or one of `rollout`), else its text."""
+    lines = traceback.format_exc()
+    if type(error).__module__.split(".")[0] in ("builtins", "rollout"):
+        try:
+            pickle.loads(pickle.dumps(error))
+            return error, lines
+        except Exception:  # a constructor that does not take what pickle hands it
+            pass
+    return f"{type(error).__name__}: {error}", lines
+
+
+def main() -> None:
+    """Entry point."""
+    descriptor, parent = int(sys.argv[1]), int(sys.argv[2])
+    die_with_parent(parent)
+    os.set_inheritable(descriptor, False)
+    serve(Connection(descriptor))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""`LocalPool`: the engines of this machine, all generating at once; draws in, groups out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from rollout.child_engine import ChildEngine
+from rollout.config import EngineProcess, RolloutConfig
+from rollout.engine import Completion, Engine, Request, Sampling
+from rollout.types import FinishReason, Group, Prompt, Trajectory, sample_seed
+from rollout.vllm_engine import EngineSpec, VllmEngine, usable_cores
+
+Decode = Callable[[list[int]], str]
+"""Token ids to text without special tokens."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Draw:
+    """One draw of a prompt: what becomes a group."""
+
+    prompt: Prompt
+    group_id: str
+    """Unique per draw within the run: it names the sampling noise."""
+    samples: int
+
+
+class LocalPool:
+    """Engines that generate side by side. Owns them: `close` closes them all."""
+
+    def __init__(self, engines: Sequence[Engine], run_seed: int) -> None:
+        """Raises ValueError without an engine."""
+        if not engines:
+            raise ValueError("A pool needs at least one engine: set rollout.engines to 1 or more.")
+        self.engines = list(engines)
+        self.run_seed = run_seed
+        self.aborted = 0
+        """Responses that an engine gave up, over the life of the pool."""
+
+    def generate(self, draws: Sequence[Draw], sampling: Sampling, born: int, decode: Decode) -> list[Group]:
+        """One group a draw, in the order of `draws`.
+
+        All samples of a group go to one engine (they share the prompt's prefix). The groups are dealt out in
+        the order of their hashed ids, so who gets what depends on the ids alone. Raises ValueError when a
+        group id occurs twice or has no samples, and what an engine raised, after the others have finished.
+        """
+        _check(draws)
+        shares = _deal(draws, len(self.engines))
+        calls = [
+            lambda engine=engine, share=share: self._generate(engine, share, sampling)
+            for engine, share in zip(self.engines, shares, strict=True)
+        ]
+        completions = {name: done for share in _all_at_once(calls) for name, done in share.items()}
+        groups = [self._group(draw, completions[draw.group_id], born, decode) for draw in draws]
+        self.aborted += sum(
+            t.finish_reason is FinishReason.ABORT for group in groups for t in group.trajectories
+        )
+        return groups
+
+    def close(self) -> None:
+        """Close every engine; safe to call twice."""
+        for engine in self.engines:
+            engine.close()
+
+    def _generate(
+        self, engine: Engine, draws: Sequence[Draw], sampling: Sampling
+    ) -> dict[str, list[Completion]]:
+        """One engine's share: completions by group id."""
+        requests = [
+            Request(prompt_ids=draw.prompt.token_ids, seed=sample_seed(self.run_seed, draw.group_id, index))
+            for draw in draws
+            for index in range(draw.samples)
+        ]
+        completions = iter(engine.generate(requests, sampling)) if requests else iter(())
+        return {draw.group_id: [next(completions) for _ in range(draw.samples)] for draw in draws}
+
+    def _group(self, draw: Draw, completions: list[Completion], born: int, decode: Decode) -> Group:
+        trajectories = [
+            Trajectory(
+                prompt_ids=draw.prompt.token_ids,
+                response_ids=completion.token_ids,
+                logprobs=completion.logprobs,
+                finish_reason=completion.finish_reason,
+                version_spans=completion.version_spans,
+                sample_index=index,
+                seed=sample_seed(self.run_seed, draw.group_id, index),
+                text=decode(completion.token_ids),
+            )
+            for index, completion in enumerate(completions)
+        ]
+        return Group(id=draw.group_id, prompt=draw.prompt, trajectories=trajectories, born=born)
+
+
+def build_engines(
+    config: RolloutConfig,
+    *,
+    model: str,
+    length: int,
+    seed: int = 0,
+    transport: str = "",
+    tokenizer: str = "",
+    trust_remote_code: bool = False,
+    log_folder: Path | None = None,
+) -> list[Engine]:
+    """The engines that `config` asks for, all loading at once, returned when all are ready.
+
+    `length` is the most tokens of prompt and response that the run can ask for; `config.max_model_len` wins
+    when it is set. Child engines write to `log_folder/engine-<i>.log`. If one fails to load, all are
+    closed.
+    """
+    specs = [
+        EngineSpec(
+            model=model,
+            tokenizer=tokenizer,
+            dtype=config.dtype.value,
+            max_model_len=config.max_model_len or length,
+            max_num_seqs=config.max_num_seqs,
+            kv_cache_bytes=int(config.kv_cache_gib * (1 << 30)),
+            prefix_caching=config.prefix_caching,
+            threads=config.threads or _threads_each(config.engines),
+            eager=config.eager,
+            seed=seed,
+            transport=transport,
+            tensor_parallel=config.tensor_parallel,
+            gpu_memory=config.gpu_memory,
+            trust_remote_code=trust_remote_code,
+            log_path=str(log_folder / f"engine-{index}.log") if log_folder else "",
+        )
+        for index in range(config.engines)
+    ]
+    if config.process is EngineProcess.inprocess:
+        return [VllmEngine(specs[0])]
+    engines = [ChildEngine(spec) for spec in specs]
+    try:
+        for engine in engines:
+            engine.wait()
+    except BaseException:
+        for engine in engines:
+            engine.close()
+        raise
+    return list(engines)
+
+
+def _threads_each(engines: int) -> int:
+    """0 (the engine decides) for one engine, else an equal share of the cores."""
+    return 0 if engines == 1 else max(1, usable_cores() // engines)
+
+
+def _check(draws: Sequence[Draw]) -> None:
+    seen: set[str] = set()
+    for draw in draws:
+        if draw.group_id in seen:
+            raise ValueError(
+                f"Group id '{draw.group_id}' was drawn twice: its samples would share their noise."
+            )
+        if draw.samples < 1:
+            raise ValueError(f"Group '{draw.group_id}' asks for {draw.samples} samples: ask for at least 1.")
+        seen.add(draw.group_id)
+
+
+def _deal(draws: Sequence[Draw], engines: int) -> list[list[Draw]]:
+    def digest(draw: Draw) -> bytes:
+        return hashlib.blake2b(draw.group_id.encode(), digest_size=8).digest()
+
+    order = sorted(draws, key=digest)
+    return [order[index::engines] for index in range(engines)]
+
+
+def _all_at_once(
+    calls: Sequence[Callable[[], dict[str, list[Completion]]]],
+) -> list[dict[str, list[Completion]]]:
+    """Run each call in its own thread; a lone one in this thread, where Ctrl-C reaches it."""
+    if len(calls) == 1:
+        return [calls[0]()]
+    with ThreadPoolExecutor(len(calls), thread_name_prefix="engine-call") as threads:
+        work = [threads.submit(call) for call in calls]
+    return [done.result() for done in work]

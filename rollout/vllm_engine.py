@@ -1,0 +1,496 @@
+"""`VllmEngine`: vLLM in this process, token ids in, token ids and behaviour log-probs out.
+
+vLLM is imported when an engine is built, never with this module. What an in-process engine does to the
+process that holds it, and what is undone here:
+
+- it reseeds the global random generators, at the start and while sampling: saved and put back around each
+  call;
+- it replaces `torch.set_num_threads` by a function that does nothing: put back, and `EngineSpec.threads`
+  holds only while the engine works;
+- it sets `LD_PRELOAD` and `LOCAL_WORLD_SIZE` for processes of its own: put back;
+- it opens a one-member gloo process group, which stays for the engine's life. A learner with several ranks
+  must therefore use `rollout.child_engine.ChildEngine`; building an engine where a process group exists is
+  refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rollout.engine import Completion, Request, Sampling
+from rollout.types import FinishReason, VersionSpan
+
+AUTO_KV_LIMIT = 4 << 30
+"""Most bytes that a KV cache of automatic size takes on a CPU."""
+
+CPU_BLOCK = 32
+CPU_STEP_TOKENS = 2048
+"""Most tokens of one step on a CPU: vLLM warms a compiled model up with that many, and more gain nothing."""
+
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+PROCESS_VARIABLES = ("LD_PRELOAD", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS")
+"""Variables that vLLM sets for processes of its own; the process that holds it gets its own values back."""
+
+_live_engines = 0
+
+
+@dataclass(slots=True, kw_only=True, frozen=True)
+class EngineSpec:
+    """All that builds one engine: plain values, so that it crosses into a child process."""
+
+    model: str
+    """Folder of the model in Hugging Face format."""
+    tokenizer: str = ""
+    """Folder of the tokenizer, read for stop strings only; empty means `model`."""
+    dtype: str = "bfloat16"
+    """`bfloat16`, `float16`, `float32`: weights, activations and KV cache."""
+    max_model_len: int
+    """Most tokens of a prompt and its response together."""
+    max_num_seqs: int = 256
+    """Most responses that decode at once."""
+    kv_cache_bytes: int = 0
+    """Size of the KV cache. 0 on a CPU: room for `max_num_seqs` full sequences, at most 4 GiB; 0 on a GPU:
+    what `gpu_memory` leaves."""
+    block_size: int = 0
+    """Tokens a KV block; 0: 32 on a CPU, vLLM's choice on a GPU. Prefixes are shared in whole blocks, and
+    on a CPU the time of attention grows with whole blocks (32 halves it against vLLM's 128)."""
+    prefix_caching: bool = True
+    threads: int = 0
+    """Threads that compute; 0 means `OMP_NUM_THREADS`, or every core that this process may use."""
+    eager: bool = False
+    """Skip compilation."""
+    seed: int = 0
+    """Seed of the engine itself; every request carries its own."""
+    transport: str = ""
+    """Backend of vLLM's weight transfer (`shm`, `ipc`, `nccl`); empty: this engine takes no new weights."""
+    tensor_parallel: int = 1
+    gpu_memory: float = 0.45
+    """Share of a GPU's memory that the engine may take."""
+    trust_remote_code: bool = False
+    preload: bool = True
+    """Child process only: preload tcmalloc and Intel's OpenMP where they are found."""
+    log_path: str = ""
+    """Child process only: the file that takes its output; empty means a temporary one."""
+
+
+class VllmEngine:
+    """One vLLM engine that lives and steps in this process. Implements `rollout.engine.Engine`."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        """Load the model of `spec`.
+
+        Raises ValueError when the process belongs to a distributed learner or the model's sizes are unknown.
+        """
+        global _live_engines
+        self.spec = spec
+        self._closed = False
+        self._version = 0
+        self._counter = 0
+        _text_config(spec.model)
+        _refuse_distributed_process()
+        with _undisturbed_process(spec.threads):
+            self._llm = _build_llm(spec)
+        _live_engines += 1
+        self._engine = self._llm.llm_engine
+        self._engine.set_weight_version("0")
+
+    @property
+    def weight_version(self) -> int:
+        """The version of the installed weights; 0 are those loaded from disk."""
+        return self._version
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """One completion a request, in the order of `requests`; all are enqueued before the first step.
+
+        Raises ValueError when a prompt and `sampling.max_tokens` exceed `spec.max_model_len`, or when a
+        request names an adapter.
+        """
+        self._check_requests(requests, sampling)
+        parameters = [_sampling_params(sampling, request.seed) for request in requests]
+        prompts = [request.prompt_ids for request in requests]
+        return [_completion(output) for output in self._run(prompts, parameters)]
+
+    def score(self, sequences: Sequence[list[int]], temperature: float = 1.0) -> list[list[float]]:
+        """Log-probs of `tokens[1:]` given what precedes: log-softmax of raw logits / temperature, in float32.
+
+        Whole sequences are computed anew, without the prefix cache. vLLM's prompt log-probs know no
+        temperature, so its sampler's log-softmax is scaled for the length of the call. Raises ValueError
+        for a sequence of fewer than two or more than `spec.max_model_len` tokens.
+        """
+        for sequence in sequences:
+            if not 2 <= len(sequence) <= self.spec.max_model_len:
+                raise ValueError(
+                    f"A sequence of {len(sequence)} tokens cannot be scored: it must have 2 to "
+                    f"{self.spec.max_model_len} (the engine's max_model_len)."
+                )
+        parameters = [_score_params()] * len(sequences)
+        self._llm.collective_rpc(_set_score_temperature, args=(temperature,))
+        try:
+            outputs = self._run(list(sequences), parameters)
+        finally:
+            self._llm.collective_rpc(_set_score_temperature, args=(1.0,))
+        return [
+            _prompt_logprobs(output, sequence) for output, sequence in zip(outputs, sequences, strict=True)
+        ]
+
+    def effective_sampling(self, sampling: Sampling) -> dict[str, Any]:
+        """Every sampling parameter as vLLM gets it, defaults included; nothing of the model's own is
+        added."""
+        params = _sampling_params(sampling, seed=0)
+        names = [name for name in params.__struct_fields__ if not name.startswith("_")]
+        values = {name: getattr(params, name) for name in names if name not in ("seed", "output_kind")}
+        return values | {"seed": "one a sample", "logprobs_mode": "processed_logprobs"}
+
+    def init_transfer(self, info: dict[str, Any]) -> None:
+        """Open the weight channel that `spec.transport` names."""
+        self._llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": info})
+
+    def receive_weights(self, info: dict[str, Any], version: int) -> dict[str, Any]:
+        """Run vLLM's update phases for one version and drop every cached prefix.
+
+        The version is counted only after all phases succeeded. Returns the receiver's own report (timings and
+        hashes), taken from `last_report` of its transfer engine.
+        """
+        with _undisturbed_process(self.spec.threads):
+            self._llm.collective_rpc("start_weight_update")
+            self._llm.collective_rpc("update_weights", kwargs={"update_info": info})
+            self._llm.collective_rpc("finish_weight_update")
+            self._engine.set_weight_version(str(version))
+            self._version = version
+            self._engine.reset_prefix_cache()
+            return dict(self._llm.collective_rpc(_transfer_report)[0])
+
+    def memory(self) -> dict[str, float]:
+        """Resident bytes of the process that holds the engine and bytes of its KV cache."""
+        return {"resident": _resident_bytes(), "kv_cache": float(self._llm.collective_rpc(_kv_bytes)[0])}
+
+    def close(self) -> None:
+        """Release the engine; the process group goes with the last one. Safe to call twice."""
+        global _live_engines
+        if self._closed:
+            return
+        self._closed = True
+        _live_engines -= 1
+        self._engine.engine_core.shutdown()
+        del self._engine, self._llm
+        gc.collect()
+        if _live_engines == 0:
+            _destroy_process_group()
+
+    def _check_requests(self, requests: Sequence[Request], sampling: Sampling) -> None:
+        limit = self.spec.max_model_len
+        for request in requests:
+            if request.adapter is not None:
+                raise ValueError(f"Request for adapter '{request.adapter}': this engine serves none.")
+            length = len(request.prompt_ids)
+            if not 0 < length <= limit - sampling.max_tokens:
+                raise ValueError(
+                    f"A prompt of {length} tokens with max_tokens={sampling.max_tokens} does not fit "
+                    f"max_model_len={limit}: shorten the prompt or raise max_model_len."
+                )
+
+    def _run(self, prompts: list[list[int]], parameters: list[Any]) -> list[Any]:
+        """Enqueue all, then step until done; an interrupted round leaves nothing behind."""
+        names = []
+        finished: dict[str, Any] = {}
+        with _undisturbed_process(self.spec.threads):
+            try:
+                for prompt, params in zip(prompts, parameters, strict=True):
+                    name = str(self._counter)
+                    self._counter += 1
+                    self._engine.add_request(name, {"prompt_token_ids": prompt}, params)
+                    names.append(name)
+                while self._engine.has_unfinished_requests():
+                    for output in self._engine.step():
+                        if output.finished:
+                            finished[output.request_id] = output
+            except BaseException:
+                self._engine.abort_request(names)
+                raise
+        return [finished[name] for name in names]
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def thread_count(threads: int) -> int:
+    """`threads`, or for 0 `OMP_NUM_THREADS`, or every usable core."""
+    return threads or int(os.environ.get("OMP_NUM_THREADS") or usable_cores())
+
+
+def kv_cache_bytes(spec: EngineSpec) -> int:
+    """Bytes of KV cache for `max_num_seqs` full sequences of `spec`'s model, at most `AUTO_KV_LIMIT`.
+
+    Raises ValueError when the model's `config.json` does not name its sizes.
+    """
+    config = _text_config(spec.model)
+    try:
+        heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+        head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        layers = config["num_hidden_layers"]
+    except KeyError as error:
+        raise ValueError(
+            f"The size of the KV cache of {spec.model} cannot be told: its config.json has no {error}. "
+            "Set rollout.kv_cache_gib."
+        ) from None
+    block = spec.block_size or CPU_BLOCK
+    blocks = spec.max_num_seqs * -(-(spec.max_model_len + 1) // block) + 1
+    size = blocks * block * 2 * layers * heads * head_dim * DTYPE_BYTES[spec.dtype]
+    return min(size, AUTO_KV_LIMIT)
+
+
+def _text_config(folder: str) -> dict[str, Any]:
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        raise ValueError(
+            f"The engine's model {folder} has no config.json: give a folder in Hugging Face format."
+        )
+    config = json.loads(path.read_text())
+    return config.get("text_config", config)
+
+
+def _refuse_distributed_process() -> None:
+    """vLLM would join an existing process group as if it were its own, and hang."""
+    import torch.distributed
+
+    if _live_engines == 0 and torch.distributed.is_available() and torch.distributed.is_initialized():
+        raise ValueError(
+            "An in-process engine cannot be built in a process that has a torch process group: "
+            "set rollout.process=child."
+        )
+
+
+def _build_llm(spec: EngineSpec) -> Any:
+    """`vllm.LLM` with everything that the model or the environment could change fixed."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    os.environ["OMP_NUM_THREADS"] = str(thread_count(spec.threads))
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # whole GiB, and it would win over kv_cache_memory_bytes
+    from vllm import LLM
+    from vllm.platforms import current_platform
+
+    if spec.transport:
+        from rollout.weights.plugin import register
+
+        register()
+    on_cpu = current_platform.is_cpu()
+    with _compiled_model_reloads():
+        llm = LLM(**_llm_arguments(spec, on_cpu))
+    if on_cpu:
+        from rollout.vllm_sampler import install
+
+        llm.collective_rpc(install)
+    return llm
+
+
+def _llm_arguments(spec: EngineSpec, on_cpu: bool) -> dict[str, Any]:
+    length = _engine_length(spec)
+    arguments: dict[str, Any] = {
+        "model": spec.model,
+        "tokenizer": spec.tokenizer or None,
+        "dtype": spec.dtype,
+        "seed": spec.seed,
+        "max_model_len": length,
+        "max_num_seqs": spec.max_num_seqs,
+        "enforce_eager": spec.eager,
+        "enable_prefix_caching": spec.prefix_caching,
+        "tensor_parallel_size": spec.tensor_parallel,
+        "trust_remote_code": spec.trust_remote_code,
+        "generation_config": "vllm",  # the model's own sampling settings must not alter training's
+        "logprobs_mode": "processed_logprobs",
+        "kv_cache_memory_bytes": spec.kv_cache_bytes or None,
+        "use_tqdm_on_load": False,
+    }
+    if spec.block_size:
+        arguments["block_size"] = spec.block_size
+    if spec.transport:
+        from vllm.config import WeightTransferConfig
+
+        arguments["weight_transfer_config"] = WeightTransferConfig(backend=spec.transport)
+    if not on_cpu:
+        return arguments | {"gpu_memory_utilization": spec.gpu_memory}
+    # A prompt cut by chunked prefill rewinds its seeded generator, which CPU generators cannot do (vLLM 0.32:
+    # "CPU Generator does not use offset").
+    return arguments | {
+        "block_size": spec.block_size or CPU_BLOCK,
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(CPU_STEP_TOKENS, length, spec.max_num_seqs),
+        "kv_cache_memory_bytes": spec.kv_cache_bytes or kv_cache_bytes(spec),
+    }
+
+
+@contextlib.contextmanager
+def _compiled_model_reloads() -> Iterator[None]:
+    """Let vLLM load the compiled model that it saved at an earlier start: 50 s of compilation saved.
+
+    On a CPU vLLM 0.32 saves it and then fails to load it, because it calls `finalize_loading`, which only the
+    compiled functions of its GPU back end have; it compiles anew at every start.
+    """
+    import torch
+
+    load = torch.compiler.load_compiled_function
+
+    def load_and_adapt(*arguments: Any, **options: Any) -> Any:
+        loaded: Any = load(*arguments, **options)
+        compiled = loaded._artifacts.compiled_fn
+        if not hasattr(compiled, "finalize_loading"):
+            compiled.finalize_loading = lambda config: None
+        return loaded
+
+    torch.compiler.load_compiled_function = load_and_adapt
+    try:
+        yield
+    finally:
+        torch.compiler.load_compiled_function = load
+
+
+def _engine_length(spec: EngineSpec) -> int:
+    """One token more than asked for, where the model allows: scoring generates one that nobody reads."""
+    limit = _text_config(spec.model).get("max_position_embeddings", spec.max_model_len + 1)
+    return min(spec.max_model_len + 1, limit)
+
+
+def _sampling_params(sampling: Sampling, seed: int) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        seed=seed,
+        stop=list(sampling.stop) or None,
+        stop_token_ids=None if sampling.ignore_eos else list(sampling.stop_token_ids),
+        ignore_eos=True,  # the ids above are the only end tokens; the tokenizer's own is among them or not
+        logprobs=0,
+        flat_logprobs=True,
+        detokenize=bool(sampling.stop),
+        skip_special_tokens=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _score_params() -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        max_tokens=1,
+        temperature=0.0,
+        prompt_logprobs=0,
+        flat_logprobs=True,
+        detokenize=False,
+        ignore_eos=True,
+        skip_reading_prefix_cache=True,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _completion(output: Any) -> Completion:
+    result = output.outputs[0]
+    token_ids = list(result.token_ids)
+    logprobs = list(result.logprobs.logprobs)
+    if len(logprobs) != len(token_ids):
+        raise RuntimeError(f"vLLM gave {len(logprobs)} log-probs for {len(token_ids)} tokens.")
+    reasons = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
+    spans = [
+        VersionSpan(start=span.start, end=span.end, version=int(span.version))
+        for span in result.weight_versions or []
+    ]
+    return Completion(
+        token_ids=token_ids,
+        logprobs=logprobs,
+        finish_reason=reasons.get(result.finish_reason, FinishReason.ABORT),
+        version_spans=spans,
+    )
+
+
+def _prompt_logprobs(output: Any, sequence: list[int]) -> list[float]:
+    """vLLM's entry for the first token is empty; each other position has the given token's value only."""
+    flat = output.prompt_logprobs
+    if flat.token_ids != sequence[1:]:
+        raise RuntimeError("vLLM scored other tokens than it was given.")
+    return list(flat.logprobs)
+
+
+def _set_score_temperature(worker: Any, temperature: float) -> None:
+    """Runs in the worker: scale the log-softmax that prompt log-probs go through.
+
+    `compute_logprobs` is a static method of vLLM's Sampler; an attribute of the instance shadows it.
+    """
+    sampler = worker.model_runner.sampler
+    vars(sampler).pop("compute_logprobs", None)
+    if temperature == 1.0:
+        return
+    if not hasattr(sampler, "compute_logprobs"):
+        raise ValueError(
+            f"score(temperature={temperature}) needs vLLM's first model runner: use temperature 1."
+        )
+    sampler.compute_logprobs = lambda logits: (logits.float() / temperature).log_softmax(dim=-1)
+
+
+def _transfer_report(worker: Any) -> dict[str, Any]:
+    """Runs in the worker: what its transfer engine measured while receiving."""
+    return getattr(worker.weight_transfer_engine, "last_report", None) or {}
+
+
+def _kv_bytes(worker: Any) -> int:
+    """Runs in the worker."""
+    return sum(cache.numel() * cache.element_size() for cache in worker.model_runner.kv_caches)
+
+
+@contextlib.contextmanager
+def _undisturbed_process(threads: int) -> Iterator[None]:
+    """Give back what vLLM changes in the process: random states, thread count, variables."""
+    import numpy
+    import torch
+
+    states = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+    set_threads, old_threads = torch.set_num_threads, torch.get_num_threads()
+    variables = {name: os.environ.get(name) for name in PROCESS_VARIABLES}
+    set_threads(thread_count(threads))
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        torch.set_num_threads = set_threads
+        set_threads(old_threads)
+        for name, value in variables.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _destroy_process_group() -> None:
+    from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
+
+    destroy_model_parallel()
+    destroy_distributed_environment()
+
+
+def _resident_bytes() -> float:
+    if sys.platform != "linux":
+        import psutil
+
+        return float(psutil.Process().memory_info().rss)
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return float(pages * os.sysconf("SC_PAGE_SIZE"))

@@ -1,0 +1,155 @@
+"""`ChildEngine`: the same answers as in process, and what happens when either side dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from rollout.child_engine import ChildEngine, EngineDied, EngineError
+from rollout.engine import Request, Sampling
+from rollout.engine_server import portable
+from rollout.vllm_engine import EngineSpec
+
+if TYPE_CHECKING:
+    from rollout.vllm_engine import VllmEngine
+
+DRIVER = """
+import sys, time
+from rollout.child_engine import ChildEngine
+from rollout.vllm_engine import EngineSpec
+engine = ChildEngine(EngineSpec(model=sys.argv[1], dtype="float32", max_model_len=64, eager=True, threads=1))
+print(engine.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def spec(model: Path | str, log_path: Path | str = "") -> EngineSpec:
+    return EngineSpec(
+        model=str(model),
+        dtype="float32",
+        max_model_len=256,
+        max_num_seqs=32,
+        threads=1,
+        eager=True,
+        log_path=str(log_path),
+    )
+
+
+@pytest.fixture(scope="module")
+def child(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ChildEngine]:
+    log = tmp_path_factory.mktemp("child") / "logs" / "engine.log"
+    os.environ["RANK"] = "3"  # as under torchrun: the child must not believe that it is a rank
+    try:
+        engine = ChildEngine(spec(tiny_llama, log_path=log))
+    finally:
+        del os.environ["RANK"]
+    engine.wait()
+    yield engine
+    engine.close()
+
+
+def requests(count: int) -> list[Request]:
+    return [Request(prompt_ids=[1, 70, 80, 90], seed=index) for index in range(count)]
+
+
+def test_it_answers_as_the_engine_in_process(child: ChildEngine, engine: VllmEngine) -> None:
+    sampling = Sampling(max_tokens=16, stop_token_ids=(2,), temperature=0.9)
+    made, expected = child.generate(requests(8), sampling), engine.generate(requests(8), sampling)
+    assert [one.token_ids for one in made] == [one.token_ids for one in expected]
+    for one, other in zip(made, expected, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+    assert child.score([[1, 70, 80]])[0] == pytest.approx(engine.score([[1, 70, 80]])[0], abs=1e-5)
+    assert child.effective_sampling(sampling) == engine.effective_sampling(sampling)
+    assert child.memory()["resident"] > 1 << 20
+    assert child.weight_version == 0
+
+
+def test_it_has_a_session_threads_and_variables_of_its_own(child: ChildEngine) -> None:
+    assert os.getsid(child.pid) == child.pid
+    environment = Path(f"/proc/{child.pid}/environ").read_text().split("\0")
+    names = {entry.split("=")[0] for entry in environment}
+    assert "RANK" not in names
+    assert "OMP_NUM_THREADS=1" in environment
+
+
+def test_errors_cross_the_pipe_with_their_type(child: ChildEngine) -> None:
+    with pytest.raises(ValueError, match="does not fit max_model_len=256") as caught:
+        child.generate(requests(1), Sampling(max_tokens=1000))
+    assert "engine_server" in caught.value.__notes__[0]
+    with pytest.raises(EngineError, match="VLLMValidationError"):
+        child.generate(requests(1), Sampling(max_tokens=4, top_p=2.0))
+    assert len(child.generate(requests(2), Sampling(max_tokens=2))) == 2
+
+
+def test_an_interrupted_call_does_not_confuse_the_next(child: ChildEngine) -> None:
+    """The answer to a call that Ctrl-C gave up arrives later and is passed over."""
+    child._number += 1
+    child._connection.send((child._number, "score", ([[1, 2, 3, 4]], 1.0)))
+    assert child.memory()["kv_cache"] > 0
+
+
+def test_an_exception_that_pickle_cannot_rebuild_travels_as_text() -> None:
+    class Stubborn(ValueError):
+        def __init__(self, first: str, second: str) -> None:
+            super().__init__(first)
+
+    Stubborn.__module__ = "rollout.nowhere"
+    assert portable(Stubborn("one", "two"))[0] == "Stubborn: one"
+    assert isinstance(portable(KeyError("x"))[0], KeyError)
+
+
+def test_loading_errors_are_raised_on_waiting(tmp_path: Path) -> None:
+    engine = ChildEngine(spec(tmp_path / "missing"))
+    with pytest.raises(ValueError, match=r"missing has no config\.json"):
+        engine.wait()
+    with pytest.raises(EngineDied, match="ended with exit status 0"):
+        engine.wait()
+    engine.close()
+
+
+def test_a_killed_child_is_reported_with_its_log(tiny_llama: Path, tmp_path: Path) -> None:
+    log = tmp_path / "engine.log"
+    engine = ChildEngine(spec(tiny_llama, log_path=log))
+    log.write_text("the last words\n")
+    os.kill(engine.pid, signal.SIGKILL)
+    with pytest.raises(EngineDied, match=r"ended by SIGKILL(.|\n)*the last words"):
+        engine.generate(requests(1), Sampling(max_tokens=1))
+    engine.close()
+    engine.close()
+    with pytest.raises(EngineError, match="closed"):
+        engine.memory()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
+def test_it_dies_with_a_killed_driver(tiny_llama: Path) -> None:
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(tiny_llama)], stdout=subprocess.PIPE, text=True
+    )
+    assert driver.stdout is not None
+    pid = int(driver.stdout.readline())
+    time.sleep(1.0)  # the child is importing torch and vLLM
+    assert alive(pid)
+    driver.kill()
+    driver.wait()
+    driver.stdout.close()
+    deadline = time.monotonic() + 10
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(pid)
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs: a zombie, which its next parent has yet to collect, does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state not in "ZX"

@@ -1,0 +1,65 @@
+"""Publishing across processes: to an engine in a child process, in bfloat16."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from rollout.child_engine import ChildEngine
+from rollout.vllm_engine import EngineSpec
+from rollout.weights.config import WeightsConfig
+from rollout.weights.errors import WeightTransferError
+from rollout.weights.publisher import Publisher
+from rollout.weights.shm import ShmSender
+from tests.rollout.weights.learners import PlainLearner, sequences
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+PROBE = sequences()
+
+
+@pytest.fixture(scope="module")
+def child(tiny_llama: Path) -> Iterator[ChildEngine]:
+    spec = EngineSpec(
+        model=str(tiny_llama),
+        dtype="bfloat16",
+        max_model_len=128,
+        max_num_seqs=16,
+        kv_cache_bytes=32 << 20,
+        threads=1,
+        eager=True,
+        transport="shm",
+    )
+    engine = ChildEngine(spec)
+    yield engine
+    engine.close()
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_updates_arrive_and_damage_is_refused(
+    child: ChildEngine, tiny_llama: Path, tmp_path: Path, in_memory: bool
+) -> None:
+    learner = PlainLearner(tiny_llama, torch.bfloat16)
+    publisher = Publisher([child], WeightsConfig(), PROBE, frozen=(), folder=tmp_path)
+    publisher._sender = sender = ShmSender([child], columns=32, folder=tmp_path, in_memory=in_memory)
+    publisher.start(learner.weights(), learner.score)
+    assert sender.kind == ("memory" if in_memory else "file")
+    assert list(tmp_path.iterdir()) == []
+    for _ in range(2):
+        before = child.score(PROBE)
+        learner.update()
+        report = publisher.publish(learner.weights(), learner.score)
+        assert report.gap_mean < 1e-2
+        assert report.read_back == report.tensors + 1  # the tied head too
+        assert child.score(PROBE) != before
+    before, version = child.score(PROBE), child.weight_version
+    delivery = sender.stage(learner.weights(), version + 1)
+    name = "model.layers.0.mlp.down_proj.weight"
+    delivery.sent[name].view(torch.uint8)[3, 3] ^= 128
+    with pytest.raises(WeightTransferError, match=f"1 of {report.tensors} tensors is wrong: {name}"):
+        sender.install(delivery)
+    assert child.weight_version == version
+    assert child.score(PROBE) == before

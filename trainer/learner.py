@@ -1,0 +1,346 @@
+"""`Learner`: rows in, better weights out. Owns policy, optimizer and schedule; knows no algorithm."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from trainer.batch import Row, TokenBatch
+from trainer.config import Device, LearnerConfig, Precision
+from trainer.loss import Loss, LossInputs, LossOutput
+from trainer.master_weights import MasterWeights, global_norm
+from trainer.model import WeightStream, freeze, hub_names, save_model
+from trainer.optimizers import build_optimizer
+from trainer.packing import pack
+from trainer.policy import Policy, PolicyOutput
+from trainer.schedules import lr_factor
+
+if TYPE_CHECKING:
+    from adapters.lora import LoraModel
+
+DTYPES = {Precision.float32: torch.float32, Precision.bfloat16: torch.bfloat16}
+
+
+class NonFiniteError(ValueError):
+    """A loss or gradient is NaN or infinite; weights are as before the step."""
+
+
+@dataclass(slots=True)
+class _Sums:
+    """What the micro-batches of one optimizer step add up to."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
+    maxima: dict[str, float] = field(default_factory=dict)
+    loss: float = 0.0
+
+    def add(self, output: LossOutput) -> None:
+        self.loss += output.loss.item()
+        for name, value in output.sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value)
+            self.counts[name] = self.counts.get(name, 0.0) + float(output.counts[name])
+        for name, value in output.maxima.items():
+            self.maxima[name] = max(self.maxima.get(name, -math.inf), float(value))
+
+    def metrics(self) -> dict[str, float]:
+        """Means (absent where the count is zero), maxima and the loss."""
+        means = {name: total / self.counts[name] for name, total in self.sums.items() if self.counts[name]}
+        return {"policy/loss": self.loss, **means, **self.maxima}
+
+
+class Learner:
+    """Trains one policy on this process.
+
+    The model is taken over: cast, moved, perhaps given adapters. Nothing else may change it afterwards.
+    """
+
+    def __init__(
+        self,
+        config: LearnerConfig,
+        model: PreTrainedModel,
+        *,
+        loss: Loss,
+        temperature: float,
+        total_steps: int,
+        seed: int,
+        needs_reference: bool = False,
+        adapter: Path | None = None,
+    ) -> None:
+        """Set up for `total_steps` rollout steps.
+
+        Args:
+            config: see `LearnerConfig`.
+            model: float32 (see `trainer.model.load_model`) or in the precision to train in.
+            loss: called once a micro-batch.
+            temperature: of sampling; log-probs are taken at it.
+            total_steps: rollout steps of the run, for the schedule.
+            seed: draws fresh adapter weights.
+            needs_reference: keep what `reference_logprobs` needs (a frozen copy in full fine-tuning).
+            adapter: PEFT folder to continue.
+
+        Raises:
+            ValueError: a setting does not fit the model.
+        """
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.config = config
+        self.temperature = temperature
+        self.total_steps = total_steps
+        self.loss = loss
+        self.dtype = DTYPES[config.dtype]
+        self.device = _device(config.device)
+        self.rollout_step = 0
+        self.optimizer_steps = 0
+        model.to(self.device)  # type: ignore[arg-type]
+        self.policy = Policy(model, config.share_prompts)
+        self._lora = _add_lora(config, model, seed, adapter)
+        self._reference = copy.deepcopy(self.policy) if needs_reference and self._lora is None else None
+        self._has_reference = needs_reference
+        if self._reference is not None:
+            MasterWeights(self._reference.requires_grad_(False), self.dtype)
+        freeze(self.policy, config.freeze)
+        self.master = MasterWeights(self.policy, self.dtype)
+        self.optimizer = build_optimizer(config.optimizer, self.master.named)
+        if config.activation_checkpointing:
+            self.policy.checkpoint_activations()
+        if config.compile:
+            self.policy.compile_layers()
+
+    @property
+    def lr(self) -> float:
+        """The rate of the current rollout step."""
+        return self.config.optimizer.lr * lr_factor(self.config.schedule, self.rollout_step, self.total_steps)
+
+    def update(self, minibatches: Sequence[Sequence[Row]]) -> list[dict[str, float]]:
+        """One optimizer step a mini-batch, in order; metrics of each.
+
+        Raises:
+            NonFiniteError: a loss or gradient is not finite; that step is not taken.
+            ValueError: rows that do not fit together, see `trainer.packing.pack`.
+        """
+        with self._profile():
+            return [self._step(rows) for rows in minibatches]
+
+    def end_rollout(self) -> None:
+        """Move the schedule on by one rollout step."""
+        self.rollout_step += 1
+
+    def _step(self, rows: Sequence[Row]) -> dict[str, float]:
+        batches = pack(rows, self.config.token_budget, self.policy.shares_prompts)
+        learned = [batch for batch in batches if bool(batch.token_weights.any())]
+        self.master.zero_grad()
+        sums = _Sums()
+        for batch in learned:
+            sums.add(self._backward(batch))
+        metrics = {**sums.metrics(), **_batch_metrics(batches)}
+        if learned:
+            metrics["learner/grad_norm"] = self._optimize()
+        metrics["learner/lr"] = self.lr
+        metrics["learner/optimizer_steps"] = self.optimizer_steps
+        return metrics
+
+    def _backward(self, batch: TokenBatch) -> LossOutput:
+        """Forward, loss and backward of one micro-batch; gradients are added up."""
+        batch = batch.to(self.device)
+        output = self.policy(batch, self.temperature, getattr(self.loss, "needs_entropy_gradient", False))
+        result = self.loss(_loss_inputs(batch, output))
+        if not torch.isfinite(result.loss):
+            self.master.zero_grad()
+            raise NonFiniteError(
+                f"The loss is {result.loss.item()} in optimizer step {self.optimizer_steps + 1}: "
+                f"{_first_odd(output)}. Lower learner.optimizer.lr or look at the rewards of this step."
+            )
+        result.loss.backward()
+        return result
+
+    def _optimize(self) -> float:
+        """Clip, step and install; returns the norm before clipping."""
+        norm = global_norm(self.master.gradients)
+        if not torch.isfinite(norm):
+            odd = [n for n, p in self.master.named if p.grad is not None and not torch.isfinite(p.grad).all()]
+            self.master.zero_grad()
+            raise NonFiniteError(
+                f"The gradient norm is {norm.item()} in optimizer step {self.optimizer_steps + 1}, first in "
+                f"{odd[0] if odd else 'the sum of all'}: lower learner.optimizer.lr or set "
+                "learner.dtype=float32."
+            )
+        limit = self.config.max_grad_norm
+        if limit and norm > limit:
+            torch._foreach_mul_(self.master.gradients, limit / norm.item())
+        self.optimizer.set_lr(self.lr)
+        self.optimizer.step()
+        self.master.install()
+        self.master.zero_grad()
+        self.optimizer_steps += 1
+        return norm.item()
+
+    def logprobs(self, rows: Sequence[Row]) -> list[list[float]]:
+        """Log-probs of every response token under the current weights, at the learner's temperature."""
+        return self._score_rows(self.policy, rows, self.temperature)
+
+    def reference_logprobs(self, rows: Sequence[Row]) -> list[list[float]]:
+        """The same under the frozen reference: the first weights, or under LoRA the base without adapter.
+
+        Raises:
+            ValueError: the learner was built without `needs_reference`.
+        """
+        if not self._has_reference:
+            raise ValueError(
+                "Reference log-probs were asked for, but the learner was built without a reference."
+            )
+        policy = self._reference or self.policy
+        without_adapter: AbstractContextManager[None] = self._lora.disabled() if self._lora else nullcontext()
+        with without_adapter:
+            return self._score_rows(policy, rows, self.temperature)
+
+    def score(self, sequences: Sequence[Sequence[int]], temperature: float = 1.0) -> list[list[float]]:
+        """Log-probs of `tokens[1:]` given what precedes, as `Engine.score`; for the probe after a publish."""
+        rows = [_score_row(index, tokens) for index, tokens in enumerate(sequences)]
+        return self._score_rows(self.policy, rows, temperature)
+
+    @torch.no_grad()
+    def _score_rows(self, policy: Policy, rows: Sequence[Row], temperature: float) -> list[list[float]]:
+        scores: list[list[float]] = [[] for _ in rows]
+        for batch in pack(rows, self.config.token_budget, policy.shares_prompts):
+            logprobs = policy(batch.to(self.device), temperature).logprobs.cpu()
+            lengths = torch.bincount(batch.row_ids, minlength=batch.rows).tolist()
+            for index, values in zip(batch.row_indices, logprobs.split(lengths)):
+                scores[index] = values.tolist()
+        return scores
+
+    def weights(self, dtype: torch.dtype | None = None) -> WeightStream:
+        """Every weight under its Hugging Face name, adapters merged.
+
+        `dtype` is the compute precision when None. Without adapters and casts the tensors are the policy's
+        own memory, not copies.
+        """
+        return WeightStream(lambda: self._named_weights(dtype or self.dtype))
+
+    def _named_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        model = self.policy.model
+        if self._lora is not None:
+            plain = self._lora.merged(dtype, self._adapter_masters())
+        else:
+            plain = ((name, parameter.detach().to(dtype)) for name, parameter in model.named_parameters())
+        yield from hub_names(model, plain)
+
+    def _adapter_masters(self) -> dict[str, Tensor]:
+        return {name.removeprefix("model."): tensor for name, tensor in self.master.state_dict().items()}
+
+    def merge_gap(self, dtype: torch.dtype | None = None) -> float:
+        """Share of the adapter's update that rounding loses when published; 0 in full fine-tuning."""
+        if self._lora is None:
+            return 0.0
+        return self._lora.merge_gap(dtype or self.dtype, self._adapter_masters())
+
+    def save(self, folder: Path, tokenizer: Any) -> None:
+        """Write a Hugging Face folder with merged weights; under LoRA also `folder/adapter`."""
+        save_model(self.policy.model, self.weights(), folder)
+        tokenizer.save_pretrained(folder)
+        if self._lora is not None:
+            self._lora.save(folder / "adapter")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Trained weights in float32, optimizer, counters: what a resumed learner needs beside its model."""
+        return {
+            "weights": self.master.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rollout_step": self.rollout_step,
+            "optimizer_steps": self.optimizer_steps,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict()` of a learner with the same config and model."""
+        self.master.load_state_dict(state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.rollout_step = state["rollout_step"]
+        self.optimizer_steps = state["optimizer_steps"]
+
+    @contextmanager
+    def _profile(self) -> Iterator[None]:
+        """Trace the update of the rollout steps that `learner.profile.steps` names."""
+        if self.rollout_step not in self.config.profile.steps:
+            yield
+            return
+        folder = Path(self.config.profile.folder or "profile")
+        folder.mkdir(parents=True, exist_ok=True)
+        with torch.profiler.profile() as profiler:
+            yield
+        profiler.export_chrome_trace(str(folder / f"update-{self.rollout_step:06d}.json"))
+
+
+def _device(wanted: Device) -> torch.device:
+    """Raises ValueError when CUDA is asked for and missing."""
+    available = torch.cuda.is_available()
+    if wanted is Device.cuda and not available:
+        raise ValueError(
+            "learner.device=cuda, but torch sees no CUDA device: set learner.device=cpu or auto."
+        )
+    return torch.device("cuda" if available and wanted is not Device.cpu else "cpu")
+
+
+def _add_lora(
+    config: LearnerConfig, model: PreTrainedModel, seed: int, adapter: Path | None
+) -> LoraModel | None:
+    if not config.lora.rank and adapter is None:
+        return None
+    from adapters import lora
+
+    if adapter is not None:
+        return lora.load(model, adapter)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return lora.wrap(model, config.lora.rank, config.lora.alpha, config.lora.targets)
+
+
+def _loss_inputs(batch: TokenBatch, output: PolicyOutput) -> LossInputs:
+    old = batch.old_logprobs
+    return LossInputs(
+        logprobs=output.logprobs,
+        entropy=output.entropy,
+        old_logprobs=output.logprobs.detach() if old is None else old,
+        rollout_logprobs=batch.rollout_logprobs,
+        advantages=batch.advantages,
+        token_weights=batch.token_weights,
+        row_ids=batch.row_ids,
+        rows=batch.rows,
+        reference_logprobs=batch.reference_logprobs,
+    )
+
+
+def _batch_metrics(batches: Sequence[TokenBatch]) -> dict[str, float]:
+    tokens = sum(batch.tokens for batch in batches)
+    unshared = sum(batch.unshared_tokens for batch in batches)
+    return {
+        "learner/micro_batches": len(batches),
+        "learner/tokens": tokens,
+        "learner/prompt_saving": 1 - tokens / unshared if unshared else 0.0,
+    }
+
+
+def _first_odd(output: PolicyOutput) -> str:
+    if not torch.isfinite(output.logprobs).all():
+        return "the policy's log-probs are not finite"
+    return "log-probs are finite, so advantages, old log-probs or the loss itself are not"
+
+
+def _score_row(index: int, tokens: Sequence[int]) -> Row:
+    response = list(tokens[1:])
+    zeros = [0.0] * len(response)
+    return Row(
+        prompt_ids=list(tokens[:1]),
+        response_ids=response,
+        group=index,
+        advantages=zeros,
+        token_weights=zeros,
+        rollout_logprobs=zeros,
+    )
