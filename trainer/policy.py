@@ -112,7 +112,7 @@ class Policy(nn.Module):
         layers = getattr(self.model.get_decoder(), "layers", None)
         if layers is None:
             raise ValueError(
-                f"{type(self.model).__name__} has no list of decoder layers to compile: set learner.compile=false."
+                f"{type(self.model).__name__} has no list of decoder layers: set learner.compile=false."
             )
         for layer in layers:
             layer.compile(dynamic=True)

@@ -235,6 +235,9 @@ def _install(unit: Unit, tensors: Mapping[str, Tensor]) -> None:
             module.register_parameter(parameter, nn.Parameter(value, requires_grad=False))
     if unit.packs:
         module.quant_method.process_weights_after_loading(module)
+        if unit.sources and module.weight.data_ptr() == value.data_ptr() and module.weight.numel():
+            # vLLM could not repack it and goes on without: it must not live in the transferred memory.
+            module.weight.data = module.weight.data.clone()
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:

@@ -187,6 +187,25 @@ def test_metrics_use_the_common_names(bench: Bench) -> None:
     assert phases == {f"weights/{p}" for p in ("gather", "transfer", "hash", "install", "readback", "probe")}
 
 
+def test_weights_that_cannot_be_repacked_do_not_stay_in_shared_memory(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM goes on without repacking when oneDNN refuses; the next transfer must not reach what is in force."""
+
+    def refuse(*arguments: Any) -> None:
+        raise RuntimeError("no primitive")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vllm._custom_ops.create_onednn_mm", refuse)
+        bench.learner.update()
+        bench.publish()
+    scores = bench.engine.score(PROBE)
+    bench.learner.update(rate=1e-3)
+    bench.publisher._sender.stage(bench.learner.weights(), bench.publisher.version + 1)
+    assert bench.engine.score(PROBE) == scores
+    assert bench.publish().gap_mean < 1e-2
+
+
 # ---------------------------------------------------------------- refused before anything is touched
 
 
