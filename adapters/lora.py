@@ -18,6 +18,10 @@ _BASE = ".base_layer."
 """What PEFT puts into the name of a wrapped layer's own weight."""
 
 
+class UnsupportedAdapterError(ValueError):
+    """An adapter that the learner cannot train or merge."""
+
+
 class LoraModel:
     """A model with one LoRA adapter inside. The model's own parameters are frozen, the adapter's trained."""
 
@@ -89,7 +93,7 @@ def wrap(model: PreTrainedModel, rank: int, alpha: int, targets: Sequence[str]) 
     """Put a fresh adapter into `model` (in place): `A` random from torch's generator, `B` zero.
 
     Raises:
-        ValueError: no layer of the model has a name in `targets`.
+        ValueError: no layer of the model has a name in `targets`, or one is the head or the embeddings.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -98,7 +102,9 @@ def wrap(model: PreTrainedModel, rank: int, alpha: int, targets: Sequence[str]) 
         r=rank, lora_alpha=alpha, target_modules=names, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM"
     )
     try:
-        return LoraModel(get_peft_model(model, config, autocast_adapter_dtype=False))
+        return _checked(get_peft_model(model, config, autocast_adapter_dtype=False))
+    except UnsupportedAdapterError:
+        raise
     except ValueError as error:
         linear = sorted(
             {name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -129,6 +135,18 @@ def load(model: PreTrainedModel, folder: Path) -> LoraModel:
     for module in peft_model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    return _checked(peft_model)
+
+
+def _checked(peft_model: Any) -> LoraModel:
+    """Refuse adapters on head or embeddings: the learner runs the head in slices, and they may be tied."""
+    model = peft_model.get_base_model()
+    for layer in (model.get_output_embeddings(), model.get_input_embeddings()):
+        if _adapted(layer):
+            raise UnsupportedAdapterError(
+                "Adapters on the head or the embeddings are not supported: "
+                "leave them out of learner.lora.targets."
+            )
     return LoraModel(peft_model)
 
 

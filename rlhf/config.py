@@ -12,8 +12,8 @@ from rlhf.evaluation.config import EvaluationConfig
 from rlhf.models import ModelConfig
 from rlhf.rewards.config import RewardConfig
 from rlhf.tracking.config import TrackingConfig
-from rollout.config import RolloutConfig
-from rollout.weights.config import WeightsConfig
+from rollout.config import EngineProcess, RolloutConfig
+from rollout.weights.config import Transport, WeightsConfig
 from trainer.config import LearnerConfig
 
 
@@ -159,6 +159,8 @@ def _across(config: Config) -> Iterator[str]:
             f"{loop.mini_batch} and loop.epochs={loop.epochs} give {loop.optimizer_steps}: set "
             f"algorithm.old_logprobs=recompute."
         )
+    if rollout.process is EngineProcess.inprocess and config.weights.transport is Transport.ipc:
+        yield "weights.transport=ipc needs an engine in a process of its own: set rollout.process=child."
     limit = config.data.max_prompt_tokens + rollout.max_new_tokens
     if 0 < rollout.max_model_len < limit:
         yield (

@@ -135,7 +135,9 @@ def fill_logprobs(run: Run, batches: MiniBatches) -> None:
 def publish(run: Run) -> None:
     """Send the weights to every engine and prove that they arrived; stops the run when they did not."""
     with run.clock("publish"):
-        run.metrics |= run.publisher.publish(run.learner.weights(), run.learner.score).metrics()
+        run.metrics |= run.publisher.publish(run.weights(), run.learner.score).metrics()
+        if run.config.learner.lora.rank:
+            run.metrics["weights/merge_gap"] = run.learner.merge_gap(run.engine_dtype)
 
 
 def evaluate_if_due(run: Run) -> None:

@@ -59,7 +59,7 @@ def plan_memory(config: Config) -> MemoryPlan:
     share = _lora_share(shape, learner.lora.rank) if learner.lora.rank else 1.0
     estimate = learner_memory(
         shape,
-        token_budget=learner.token_budget,
+        tokens=_tokens(config),
         compute_bytes=width,
         master=width != 4,
         moments=MOMENTS[learner.optimizer.name],
@@ -68,6 +68,15 @@ def plan_memory(config: Config) -> MemoryPlan:
         reference=config.algorithm.kl.coefficient > 0 and not learner.lora.rank,
     )
     return MemoryPlan(estimate, _engine(config, shape), config.rollout.engines)
+
+
+def _tokens(config: Config) -> int:
+    """Packed tokens of the largest micro-batch: the budget, or all of a mini-batch when that is less."""
+    loop, learner = config.loop, config.learner
+    prompt, response = config.data.max_prompt_tokens, config.rollout.max_new_tokens
+    copies = 1 if learner.share_prompts else loop.group_size
+    whole = loop.groups_per_mini_batch * (copies * prompt + loop.group_size * response)
+    return min(learner.token_budget, whole)
 
 
 def _engine(config: Config, shape: ModelShape) -> Estimate:

@@ -114,6 +114,7 @@ learner/prompt_saving | share | tokens saved by computing a group's prompt once
 
 weights/version | version | version installed in the engines
 weights/bytes | bytes | bytes transferred
+weights/merge_gap | share | share of the adapter's update that rounding loses when it is merged (LoRA only)
 weights/unchanged | tensors | tensors that did not change since the last version
 weights/read_back | places | places of the live model that were read back after the install
 weights/probe_gap_mean | nats | mean |learner - engine| log-prob on the probe after the publish

@@ -152,6 +152,7 @@ def _publisher(
         folder=folder,
         on_gpu=gpus.engines,
         shares_gpu=gpus.shared,
+        frozen=None if config.learner.freeze or config.learner.lora.rank else (),
     )
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from rlhf.algorithms.dynamic_sampling import Selector
 from rlhf.clock import Clock
@@ -22,6 +25,7 @@ from rollout.recorder import Recorder
 from rollout.types import Group, Prompt
 from rollout.weights.publisher import Publisher
 from trainer.learner import Learner
+from trainer.model import WeightStream
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +84,15 @@ class Run:
         """One response to each prompt, for evaluation; its group ids never meet training's."""
         draws = [Draw(prompt=p, group_id=f"eval/{self.step}/{p.id}", samples=1) for p in prompts]
         return self.pool.generate(draws, sampling, born=self.step, decode=self.decode)
+
+    def weights(self) -> WeightStream:
+        """The learner's weights in the engines' number format."""
+        return self.learner.weights(self.engine_dtype)
+
+    @property
+    def engine_dtype(self) -> torch.dtype:
+        """The number format that the engines hold weights in."""
+        return typing.cast(torch.dtype, getattr(torch, self.config.rollout.dtype.value))
 
     def decode(self, token_ids: list[int]) -> str:
         """Text of a response without special tokens."""

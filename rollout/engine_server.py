@@ -7,6 +7,7 @@ that started it. Messages are pickled by `multiprocessing.Connection`; both ends
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import pickle
 import signal
@@ -50,11 +51,13 @@ def serve(connection: Connection) -> None:
     """Build the engine that the first message describes, then answer calls until `close` or the pipe's
     end."""
     spec: EngineSpec = connection.recv()
+    gc.disable()  # importing and loading make a million objects that stay: scanning them again is waste
     try:
         engine = VllmEngine(spec)
     except Exception as error:
         connection.send((READY, False, portable(error)))
         return
+    gc.enable()
     connection.send((READY, True, None))
     while True:
         try:
@@ -97,6 +100,9 @@ def main() -> None:
     die_with_parent(parent)
     os.set_inheritable(descriptor, False)
     serve(Connection(descriptor))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # tearing the interpreter down takes seconds and releases nothing that the system does not
 
 
 if __name__ == "__main__":

@@ -325,6 +325,8 @@ def _llm_arguments(spec: EngineSpec, on_cpu: bool) -> dict[str, Any]:
         return arguments | {"gpu_memory_utilization": spec.gpu_memory}
     # A prompt cut by chunked prefill rewinds its seeded generator, which CPU generators cannot do (vLLM 0.32:
     # "CPU Generator does not use offset").
+    if spec.eager:  # vLLM's fused C++ operators, which compilation makes superfluous: 6 % faster
+        arguments["compilation_config"] = {"custom_ops": ["all"]}
     return arguments | {
         "block_size": spec.block_size or CPU_BLOCK,
         "enable_chunked_prefill": False,

@@ -225,6 +225,7 @@ def _module_leaf(name: str) -> str:
 
 def _install(unit: Unit, tensors: Mapping[str, Tensor]) -> None:
     module = unit.module
+    loans: dict[str, nn.Parameter] = {}
     for parameter, names in unit.sources.items():
         value = _stacked([tensors[name] for name in names])
         live = module._parameters[parameter]
@@ -232,12 +233,14 @@ def _install(unit: Unit, tensors: Mapping[str, Tensor]) -> None:
         if live.numel():
             live.data[: value.shape[0]].copy_(value)
         else:  # repacking emptied it, and will again
-            module.register_parameter(parameter, nn.Parameter(value, requires_grad=False))
+            loans[parameter] = nn.Parameter(value, requires_grad=False)
+            module.register_parameter(parameter, loans[parameter])
     if unit.packs:
         module.quant_method.process_weights_after_loading(module)
-        if unit.sources and module.weight.data_ptr() == value.data_ptr() and module.weight.numel():
+    for parameter, loan in loans.items():
+        if module._parameters[parameter] is loan:
             # vLLM could not repack it and goes on without: it must not live in the transferred memory.
-            module.weight.data = module.weight.data.clone()
+            loan.data = loan.data.clone()
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:

@@ -125,6 +125,12 @@ def test_unknown_targets_are_refused_with_the_choices() -> None:
         lora_learner(targets=["query"])
 
 
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_adapters_on_head_or_embeddings_are_refused(target: str) -> None:
+    with pytest.raises(ValueError, match="on the head or the embeddings are not supported"):
+        lora_learner(tiny_model("qwen2"), targets=["q_proj", target])
+
+
 def test_adapters_that_would_not_merge_are_refused(tmp_path: Path) -> None:
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model

@@ -79,7 +79,7 @@ class Estimate:
 def learner_memory(
     shape: ModelShape,
     *,
-    token_budget: int,
+    tokens: int,
     compute_bytes: int = 2,
     master: bool = True,
     moments: int = 2,
@@ -90,7 +90,8 @@ def learner_memory(
 ) -> Estimate:
     """Peak of the learner: weights, fp32 masters, gradients, moments, activations, one logit chunk.
 
-    `trained_share` is the share of parameters that train (LoRA); `moments` fp32 states a parameter.
+    `tokens`: packed tokens of the largest micro-batch. `trained_share`: share of parameters that train.
+    `moments`: fp32 states a parameter.
     """
     trained = shape.parameters * trained_share
     parts = {
@@ -99,9 +100,7 @@ def learner_memory(
         "master weights (fp32)": trained * 4.0 if master else 0.0,
         "gradients": trained * 4.0,
         "optimizer states (fp32)": trained * 4.0 * moments,
-        "activations": token_budget
-        * _activation_bytes(shape, compute_bytes, checkpointing)
-        * ACTIVATION_FACTOR,
+        "activations": tokens * _activation_bytes(shape, compute_bytes, checkpointing) * ACTIVATION_FACTOR,
         "logits (one chunk)": 3.0 * logit_chunk * shape.vocabulary * 4,
     }
     return Estimate({name: size for name, size in parts.items() if size})

@@ -190,7 +190,7 @@ def test_metrics_use_the_common_names(bench: Bench) -> None:
 def test_weights_that_cannot_be_repacked_do_not_stay_in_shared_memory(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """vLLM goes on without repacking when oneDNN refuses; the next transfer must not reach what is in force."""
+    """vLLM goes on unpacked when oneDNN refuses; the next transfer must not reach what is in force."""
 
     def refuse(*arguments: Any) -> None:
         raise RuntimeError("no primitive")

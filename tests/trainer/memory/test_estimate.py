@@ -1,0 +1,61 @@
+"""Counts against a real model; estimates move the way that they must."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from trainer.memory.estimate import ModelShape, engine_memory, learner_memory
+
+SMOLLM2 = ModelShape(
+    hidden=576,
+    layers=30,
+    intermediate=1536,
+    vocabulary=49152,
+    heads=9,
+    kv_heads=3,
+    head_dim=64,
+    tied=True,
+)
+
+
+def test_parameters_of_smollm2_are_exact() -> None:
+    assert SMOLLM2.parameters == 134_515_008
+
+
+def test_parameters_of_a_real_model_are_exact(tiny_llama: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    assert ModelShape.read(tiny_llama).parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_cache_of_one_token() -> None:
+    assert SMOLLM2.kv_bytes_per_token() == 2 * 30 * 3 * 64 * 2
+
+
+def test_weights_masters_gradients_and_moments() -> None:
+    parts = learner_memory(SMOLLM2, tokens=1000).parts
+    size = SMOLLM2.parameters
+    assert parts["weights"] == 2 * size
+    assert parts["master weights (fp32)"] == 4 * size
+    assert parts["optimizer states (fp32)"] == 8 * size
+    assert (
+        "master weights (fp32)" not in learner_memory(SMOLLM2, tokens=1, compute_bytes=4, master=False).parts
+    )
+
+
+def test_what_saves_memory_saves_memory() -> None:
+    full = learner_memory(SMOLLM2, tokens=4096).total
+    assert learner_memory(SMOLLM2, tokens=4096, checkpointing=True).total < full
+    assert learner_memory(SMOLLM2, tokens=4096, trained_share=0.02).total < full
+    assert learner_memory(SMOLLM2, tokens=1024).total < full
+    assert learner_memory(SMOLLM2, tokens=4096, reference=True).total == pytest.approx(
+        full + 2 * SMOLLM2.parameters
+    )
+
+
+def test_engine_memory_counts_the_cache() -> None:
+    parts = engine_memory(SMOLLM2, kv_cache_bytes=1e9).parts
+    assert parts["kv cache"] == 1e9
+    assert parts["weights"] == 2 * SMOLLM2.parameters
