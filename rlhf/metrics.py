@@ -61,7 +61,7 @@ reward/<part>_gold_unparsable | responses | responses whose own reference answer
 reward/<part>_timeout | responses | gradings stopped at their time limit
 reward/<part>_error | responses | gradings that failed
 
-selection/offered | groups | groups looked at in the step, those carried in included
+selection/offered | groups | groups generated and looked at in the step
 selection/kept | groups | groups learned from
 selection/missing | groups | groups that the batch lacks because the cap or the data ran out
 selection/rounds | rounds | generation rounds until the batch was full
@@ -142,7 +142,6 @@ throughput/total | tokens/s | generated tokens over the seconds of the step
 
 time/rollout | seconds | generation
 time/reward | seconds | grading
-time/selection | seconds | dynamic sampling
 time/batching | seconds | advantages and rows
 time/logprobs | seconds | old and reference log-probs
 time/update | seconds | forward, backward, optimizer
@@ -163,7 +162,6 @@ memory/processes | processes | processes of the run
 memory/peak_<phase> | bytes | highest memory/rss sampled in a phase
 memory/device_allocated | bytes | allocated on the CUDA device by the main process
 memory/device_peak | bytes | highest in the step
-memory/engine_<name> | bytes | what an engine says of itself
 
 tracking/failures | calls | tracker calls that failed so far; the run goes on
 """

@@ -97,7 +97,8 @@ class Group:
     born: int
     """The learner step (number of published updates) at which it was generated."""
     verdict: str = "pending"
-    """`kept`, `carried`, or why it was dropped: `all_wrong`, `all_right`, `surplus`, `stale`, `ungraded`."""
+    """`kept`, `carried`, or why it was dropped: `all_wrong`, `all_right`, `all_equal`, `ungraded`, `stale`,
+    `surplus`."""
 
 
 def sample_seed(run_seed: int, group_id: str, sample_index: int) -> int:
