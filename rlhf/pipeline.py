@@ -24,6 +24,7 @@ from rlhf.data.cursor import Cursor
 from rlhf.data.prompts import PromptBuilder
 from rlhf.data.splits import Splits, load_splits
 from rlhf.errors import UserError, clear_sentences
+from rlhf.evaluation.config import Split
 from rlhf.evaluation.graders import second_opinions
 from rlhf.evaluation.runner import Evaluation, evaluate, sampling_for
 from rlhf.loop import Summary, train
@@ -199,9 +200,10 @@ def _prompts(config: Config, splits: Splits, tokenizer: Any) -> tuple[dict[str, 
         built = builder.build(examples)
         logger.info("%s: %s", name, built.line())
         training[name] = built.prompts
-    built = builder.build(splits.heldout)
-    if splits.heldout:
-        logger.info("held out: %s", built.line())
+    evaluated = splits.validation if config.evaluation.split is Split.validation else splits.heldout
+    built = builder.build(evaluated)
+    if evaluated:
+        logger.info("%s: %s", config.evaluation.split, built.line())
     limit = config.evaluation.prompts or len(built.prompts)
     return training, built.prompts[:limit]
 
@@ -299,13 +301,16 @@ def _announce(
 def _evaluate(config: Config) -> Evaluation:
     """Build just what answering the held-out set needs."""
     splits = load_splits(config.data)
-    if not splits.heldout:
-        raise UserError("data.heldout=0 leaves nothing to evaluate: set it to a number of problems.")
+    evaluated = splits.validation if config.evaluation.split is Split.validation else splits.heldout
+    if not evaluated:
+        raise UserError(
+            f"data.{config.evaluation.split}=0 leaves nothing to evaluate: set it to a number of problems."
+        )
     scorer = Scorer(config.reward)
-    scorer.check_sources(sorted({example.source for example in splits.heldout}))
+    scorer.check_sources(sorted({example.source for example in evaluated}))
     resolved = models.resolve(config.model)
     tokenizer = models.load_tokenizer(resolved, config.model)
-    heldout = PromptBuilder(tokenizer, config.data, config.model).build(splits.heldout).prompts
+    prompts = PromptBuilder(tokenizer, config.data, config.model).build(evaluated).prompts
     engines = build_engines(
         config.rollout,
         model=str(resolved.folder),
@@ -319,9 +324,9 @@ def _evaluate(config: Config) -> Evaluation:
     training = config.rollout.sampling(models.end_token_ids(tokenizer, resolved.folder))
     try:
         return evaluate(
-            heldout[: config.evaluation.prompts or None],
-            lambda prompts, sampling: pool.generate(
-                [Draw(prompt=p, group_id=f"eval/{p.id}", samples=1) for p in prompts],
+            prompts[: config.evaluation.prompts or None],
+            lambda asked, sampling: pool.generate(
+                [Draw(prompt=p, group_id=f"eval/{p.id}", samples=1) for p in asked],
                 sampling,
                 born=0,
                 decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),

@@ -39,6 +39,7 @@ class Run:
     prompts: dict[str, list[Prompt]]
     """Training prompts by source."""
     heldout: list[Prompt]
+    """Prompts that evaluation answers (`evaluation.split`)."""
     cursor: Cursor
     tokenizer: Any
     pool: LocalPool

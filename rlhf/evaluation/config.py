@@ -3,6 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Split(StrEnum):
+    """Which rows are answered."""
+
+    heldout = "heldout"
+    """The final word: nothing may be chosen on it."""
+    validation = "validation"
+    """To choose settings and checkpoints on."""
 
 
 @dataclass
@@ -11,6 +21,8 @@ class EvaluationConfig:
 
     every: int = 10
     """Steps between evaluations; 0 leaves only the first and the last."""
+    split: Split = Split.heldout
+    """`heldout`, or `validation` while settings are being chosen."""
     at_start: bool = True
     """Evaluate before the first step (step 0)."""
     at_end: bool = True
