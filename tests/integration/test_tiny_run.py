@@ -164,3 +164,10 @@ def test_help_is_quick(arguments: list[str], tmp_path: Path) -> None:
 def test_metrics_lines_are_one_object_each(finished: Path) -> None:
     for line in (finished / "metrics.jsonl").read_text().splitlines():
         assert isinstance(json.loads(line), dict)
+
+
+def test_evaluating_an_empty_split_is_one_sentence(tmp_path: Path) -> None:
+    done = run_cli("eval", "dapo/tiny", "evaluation.split=validation", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "data.validation=0 leaves nothing to evaluate" in done.stderr
+    assert done.stdout == ""
