@@ -12,9 +12,9 @@ _TRAIN = """example:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one sub-command. Returns 0, or 2 after one clear sentence when the user can mend the cause."""
+    """Run one sub-command: 0, 2 after a sentence about what the user can mend, 1 when a run had to stop."""
     arguments = _parser().parse_args(argv)
-    from rlhf.errors import UserError
+    from rlhf.errors import RunStoppedError, UserError
 
     try:
         command: Callable[[argparse.Namespace], int] = arguments.command
@@ -22,6 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"rlhf: {error}", file=sys.stderr)
         return 2
+    except RunStoppedError as error:
+        print(f"rlhf: {error}", file=sys.stderr)
+        return 1
     except BrokenPipeError:
         return 0
 

@@ -11,6 +11,10 @@ class UserError(Exception):
     """Something that the user can mend; the text names the key, the value and the remedy."""
 
 
+class RunStoppedError(Exception):
+    """A run that must not go on: weights that did not arrive, a dead engine, a loss that is not finite."""
+
+
 @contextmanager
 def clear_sentences() -> Iterator[None]:
     """Lower layers say what the user can mend with `ValueError`; here it becomes a `UserError`.

@@ -23,7 +23,7 @@ from rlhf.config import Config
 from rlhf.data.cursor import Cursor
 from rlhf.data.prompts import PromptBuilder
 from rlhf.data.splits import Splits, load_splits
-from rlhf.errors import UserError, clear_sentences
+from rlhf.errors import RunStoppedError, UserError, clear_sentences
 from rlhf.evaluation.config import Split
 from rlhf.evaluation.graders import second_opinions
 from rlhf.evaluation.runner import Evaluation, evaluate, sampling_for
@@ -35,14 +35,16 @@ from rlhf.rewards.base import Scorer
 from rlhf.rewards.config import RewardPartConfig
 from rlhf.run import Run
 from rlhf.tracking.base import build as build_trackers
+from rollout.child_engine import EngineError
 from rollout.config import EngineProcess
 from rollout.engine import Engine
 from rollout.pool import Draw, LocalPool, build_engines
 from rollout.recorder import Recorder
 from rollout.types import Prompt
+from rollout.weights.errors import ProbeError, WeightTransferError
 from rollout.weights.probe import probe_sequences
 from rollout.weights.publisher import Publisher
-from trainer.learner import Learner
+from trainer.learner import Learner, NonFiniteError
 from trainer.model import load_model
 
 logger = logging.getLogger(__name__)
@@ -58,12 +60,17 @@ def train_config(
     reward: Callable[..., Any] | None = None,
     dataset: Sequence[Mapping[str, Any]] | None = None,
 ) -> Summary:
-    """Build and train a configuration. Raises `UserError` when it does not fit this machine or data."""
+    """Build and train a configuration.
+
+    Raises `UserError` when it does not fit this machine or data, `RunStoppedError` when it must not go on.
+    """
     with clear_sentences():
         run = build(config, recipe, reward=reward, dataset=dataset)
     try:
         with run.memory:
             return train(run)
+    except (WeightTransferError, ProbeError, EngineError, NonFiniteError) as error:
+        raise RunStoppedError(f"the run stopped in step {run.step + 1}: {error}") from error
     finally:
         run.close()
 

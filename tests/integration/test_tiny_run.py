@@ -171,3 +171,13 @@ def test_evaluating_an_empty_split_is_one_sentence(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "data.validation=0 leaves nothing to evaluate" in done.stderr
     assert done.stdout == ""
+
+
+def test_a_run_that_must_not_go_on_says_why_in_one_sentence(tmp_path: Path) -> None:
+    done = run_cli("train", "dapo/tiny", "loop.steps=1", "weights.tolerance=1e-30", cwd=tmp_path)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(
+        "rlhf: the run stopped in step 1: After version 1, engine 0 and learner disagree on the probe"
+    )
+    assert "Traceback" not in done.stderr
