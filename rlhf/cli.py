@@ -13,7 +13,7 @@ _TRAIN = """example:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command: 0, 2 after a sentence about what the user can mend, 1 when a run had to stop."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_args(_flags_first(sys.argv[1:] if argv is None else argv))
     from rlhf.errors import RunStoppedError, UserError
 
     try:
@@ -27,6 +27,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except BrokenPipeError:
         return 0
+
+
+def _flags_first(argv: Sequence[str]) -> list[str]:
+    """`--dry-run` may stand anywhere; argparse alone refuses one between the recipe and its overrides."""
+    flags = [word for word in argv if word == "--dry-run"]
+    rest = [word for word in argv if word != "--dry-run"]
+    return [*rest[:1], *flags, *rest[1:]]
 
 
 def _parser() -> argparse.ArgumentParser:

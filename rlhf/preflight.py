@@ -15,6 +15,7 @@ from rlhf.tracking.base import build as build_trackers
 def dry_run(config: Config, recipe: str) -> str:
     """Validate all that can be validated without a model; returns what would run. Writes nothing."""
     folder = run_folder(config, recipe)
+    _check_local_model(config.model.path)
     with clear_sentences():
         splits = load_splits(config.data)
         with Scorer(config.reward) as scorer:
@@ -42,6 +43,15 @@ def run_folder(config: Config, recipe: str) -> Path:
 
 def _holds_run(folder: Path) -> bool:
     return (folder / "metrics.jsonl").exists() or (folder / "config.yaml").exists()
+
+
+def _check_local_model(path: str) -> None:
+    """Refuse a path where no model lies; hub ids and `RUN@STEP` are resolved when a run starts."""
+    if not path.startswith((".", "/", "~")) or "@" in path:
+        return
+    folder = Path(path).expanduser()
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise UserError(f"model.path={path} holds no model: name a Hugging Face folder or a PEFT adapter.")
 
 
 def source_names(splits: Splits) -> list[str]:

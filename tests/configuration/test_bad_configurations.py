@@ -188,3 +188,13 @@ def test_runs_without_a_name_are_numbered(tmp_path: Path, monkeypatch: pytest.Mo
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "config.yaml").touch()
     assert run_folder(config, DAPO) == Path("runs/dapo-tiny-3")
+
+
+def test_dry_run_finds_a_missing_model_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", DAPO, "--dry-run", "model.path=./nowhere"]) == 2
+    assert capsys.readouterr().err == (
+        "rlhf: model.path=./nowhere holds no model: name a Hugging Face folder or a PEFT adapter.\n"
+    )
