@@ -5,7 +5,7 @@ PEFT is imported only when an adapter is made.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,24 @@ from transformers import PreTrainedModel
 
 _BASE = ".base_layer."
 """What PEFT puts into the name of a wrapped layer's own weight."""
+_ROOT = "base_model.model."
+"""What PEFT puts before the names of the model that it wraps."""
+_BEYOND_PLAIN = (
+    "use_dora",
+    "lora_bias",
+    "target_parameters",
+    "modules_to_save",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "layer_replication",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
+)
+"""Settings of PEFT's `LoraConfig` that make an adapter more than `scaling * B @ A` on linear layers."""
 
 
 class UnsupportedAdapterError(ValueError):
@@ -38,30 +56,40 @@ class LoraModel:
         """A context in which the model is the base, without its adapter."""
         return self._peft.disable_adapter()
 
-    def save(self, folder: Path) -> None:
-        """Write the adapter in PEFT's format, float32 as trained in memory."""
-        self._peft.save_pretrained(folder)
+    def save(self, folder: Path, trained: Mapping[str, Tensor]) -> None:
+        """Write the adapter in PEFT's format, in the precision of `trained` (see `merged`).
 
-    def merged(
-        self, dtype: torch.dtype, trained: dict[str, Tensor] | None = None
-    ) -> Iterator[tuple[str, Tensor]]:
+        Raises:
+            ValueError: `trained` lacks an adapter weight that is trained.
+        """
+        weights = {
+            f"{_ROOT}{name}": _trained(name, parameter, trained)
+            for name, parameter in self.model.named_parameters()
+            if "lora_" in name
+        }
+        self._peft.save_pretrained(str(folder), state_dict=weights)
+
+    def merged(self, dtype: torch.dtype, trained: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Every weight under its Hugging Face name, adapters added in, without touching the model.
 
-        The sum is taken in float32 and rounded once to `dtype`. `trained` gives adapter weights by parameter
-        name that stand in for the module's own (float32 masters of bfloat16 ones).
+        The sum is taken in float32 and rounded once to `dtype`. `trained` gives the trained adapter weights
+        by parameter name: the optimizer's float32 masters, of which the module's own may be rounded copies.
+
+        Raises:
+            ValueError: `trained` lacks an adapter weight that is trained.
         """
-        for name, weight, _ in self._merged(dtype, trained or {}):
+        for name, weight, _ in self._merged(dtype, trained):
             yield name, weight
 
     @torch.no_grad()
-    def merge_gap(self, dtype: torch.dtype, trained: dict[str, Tensor] | None = None) -> float:
-        """How much of the adapter is lost when it is rounded into weights of `dtype`.
+    def merge_gap(self, dtype: torch.dtype, trained: Mapping[str, Tensor]) -> float:
+        """How much of the adapter (`trained`, see `merged`) is lost when rounded into weights of `dtype`.
 
         `|round(W + BA) - (W + BA)| / |BA|`, Frobenius norms over all adapted layers together: 0 is exact, 1
         means that rounding is as large as the update. 0 while the adapter is still zero.
         """
         lost = update = 0.0
-        for _, weight, exact in self._merged(dtype, trained or {}):
+        for _, weight, exact in self._merged(dtype, trained):
             if exact is not None:
                 total, delta = exact
                 lost += (weight.float() - total).square().sum().item()
@@ -70,7 +98,7 @@ class LoraModel:
 
     @torch.no_grad()
     def _merged(
-        self, dtype: torch.dtype, trained: dict[str, Tensor]
+        self, dtype: torch.dtype, trained: Mapping[str, Tensor]
     ) -> Iterator[tuple[str, Tensor, tuple[Tensor, Tensor] | None]]:
         """`(name, merged, (float32 sum, float32 update) or None)` for every weight of the base model."""
         model = self.model
@@ -119,23 +147,31 @@ def load(model: PreTrainedModel, folder: Path) -> LoraModel:
     """Continue the adapter in PEFT folder `folder` on `model` (in place); its config sets rank and targets.
 
     Raises:
-        ValueError: the adapter is not plain LoRA (DoRA, trained biases or extra modules), so it would not
-            merge into the same weights.
+        ValueError: the adapter is not plain LoRA (DoRA, trained biases, whole parameters or extra modules),
+            so it would not merge into the same weights. The model is untouched then.
     """
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
-    peft_model = PeftModel.from_pretrained(model, folder, is_trainable=True, autocast_adapter_dtype=False)
-    config: Any = peft_model.peft_config["default"]
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
-    plain = kind == "LORA" and not config.use_dora and config.bias == "none" and not config.modules_to_save
-    if not plain:
+    extra = _beyond_plain(PeftConfig.from_pretrained(str(folder)))
+    if extra is not None:
         raise ValueError(
-            f"The adapter in {folder} is not plain LoRA ({kind}): only plain LoRA adapters are continued."
+            f"The adapter in {folder} is not plain LoRA ({extra}): only plain LoRA adapters are continued."
         )
+    peft_model = PeftModel.from_pretrained(model, folder, is_trainable=True, autocast_adapter_dtype=False)
     for module in peft_model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     return _checked(peft_model)
+
+
+def _beyond_plain(config: Any) -> str | None:
+    """The setting of a PEFT config that plain LoRA does not have, as `name=value`; None when none is."""
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind != "LORA":
+        return f"peft_type={kind}"
+    if config.bias != "none":
+        return f"bias={config.bias}"
+    return next((f"{key}={value}" for key in _BEYOND_PLAIN if (value := getattr(config, key, None))), None)
 
 
 def _checked(peft_model: Any) -> LoraModel:
@@ -154,13 +190,22 @@ def _adapted(module: nn.Module) -> bool:
     return hasattr(module, "lora_A") and hasattr(module, "base_layer")
 
 
-def _delta(layer: str, module: Any, trained: dict[str, Tensor]) -> Tensor:
+def _trained(name: str, own: nn.Parameter, trained: Mapping[str, Tensor]) -> Tensor:
+    """The trained weight of adapter parameter `name`; the module's `own` where training leaves it alone."""
+    if name in trained:
+        return trained[name]
+    if own.requires_grad:
+        raise ValueError(f"The trained weights of the adapter lack {name}: give one for every parameter.")
+    return own.detach()
+
+
+def _delta(layer: str, module: Any, trained: Mapping[str, Tensor]) -> Tensor:
     """`[out, in]` float32 update `scaling * B @ A` of one adapted linear layer."""
     (adapter,) = module.active_adapters
 
     def weight(side: str) -> Tensor:
         own = getattr(module, side)[adapter].weight
-        return trained.get(f"{layer}.{side}.{adapter}.weight", own).float()
+        return _trained(f"{layer}.{side}.{adapter}.weight", own, trained).float()
 
     update = weight("lora_B") @ weight("lora_A") * module.scaling[adapter]
     return update.T if getattr(module, "fan_in_fan_out", False) else update

@@ -12,7 +12,10 @@ _TRAIN = """example:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one sub-command: 0, 2 after a sentence about what the user can mend, 1 when a run had to stop."""
+    """Run one sub-command and return its exit status.
+
+    0; 2 after a sentence about what the user can mend; 1 when a run had to stop; 130 after Ctrl-C.
+    """
     arguments = _parser().parse_args(_flags_first(sys.argv[1:] if argv is None else argv))
     from rlhf.errors import RunStoppedError, UserError
 
@@ -25,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunStoppedError as error:
         print(f"rlhf: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt as error:
+        print(f"rlhf: {str(error) or 'interrupted.'}", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         return 0
 

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -158,7 +159,9 @@ def _nearest(key: str) -> str:
 
 def _locate(recipe: str) -> tuple[Path, str]:
     """`(folder, config name)` of a shipped recipe or a user's file."""
-    if recipe.endswith((".yaml", ".yml")):
+    if recipe.endswith(".yml"):
+        raise UserError(f"Recipe file '{recipe}': the name must end in .yaml: rename it.")
+    if recipe.endswith(".yaml"):
         path = Path(recipe).expanduser().resolve()
         if not path.is_file():
             raise UserError(f"Recipe file '{recipe}' does not exist.")
@@ -187,6 +190,8 @@ def _compose(recipe: str, choices: list[str]) -> dict[str, Any]:
             return typing.cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
     except (HydraException, OmegaConfBaseException) as error:
         raise _sentence(error, recipe) from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{recipe}: {_yaml_mistake(error)}") from error
 
 
 def _structured(plain: dict[str, Any], values: list[Override]) -> Config:
@@ -222,6 +227,14 @@ def _sentence(error: Exception, where: str) -> UserError:
         return UserError(f"Unknown key '{key}' in {where}: {_nearest(key)}")
     given = cause.value if isinstance(cause.value, str) or cause.value is None else str(cause.value).lower()
     return UserError(f"{key}={given}: {_expected(key)}")
+
+
+def _yaml_mistake(error: yaml.YAMLError) -> str:
+    """What is wrong in a YAML file, and where: lines and columns count from 1."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return f"this is not YAML ({str(error).splitlines()[0]})."
+    mark = error.problem_mark
+    return f"line {mark.line + 1}, column {mark.column + 1} is not YAML ({error.problem}): mend it."
 
 
 def _is_section(key: str) -> bool:

@@ -107,6 +107,18 @@ class Config:
     resume: str = "never"
     """Whether to go on from an earlier run. `never`, the only value so far, starts anew."""
 
+    @property
+    def longest_response(self) -> tuple[str, int]:
+        """Key and value, in tokens, of the longer of the response limits of training and evaluation."""
+        training = ("rollout.max_new_tokens", self.rollout.max_new_tokens)
+        evaluation = ("evaluation.max_new_tokens", self.evaluation.max_new_tokens)
+        return max(training, evaluation, key=lambda limit: limit[1])
+
+    @property
+    def longest_sequence(self) -> int:
+        """Most tokens of a prompt and its response together that the run can ask an engine for."""
+        return self.data.max_prompt_tokens + self.longest_response[1]
+
 
 def check(config: Config) -> list[str]:
     """Every problem of a configuration as one sentence each; empty when it can run.
@@ -161,11 +173,21 @@ def _across(config: Config) -> Iterator[str]:
         )
     if rollout.process is EngineProcess.inprocess and config.weights.transport is Transport.ipc:
         yield "weights.transport=ipc needs an engine in a process of its own: set rollout.process=child."
-    limit = config.data.max_prompt_tokens + rollout.max_new_tokens
-    if 0 < rollout.max_model_len < limit:
+    if 0 < rollout.max_model_len < config.longest_sequence:
         yield (
             f"rollout.max_model_len={rollout.max_model_len} is shorter than data.max_prompt_tokens + "
-            f"rollout.max_new_tokens = {limit}: raise it or set 0."
+            f"{config.longest_response[0]} = {config.longest_sequence}: raise it or set 0."
+        )
+    longest = config.data.max_prompt_tokens + rollout.max_new_tokens
+    if config.learner.token_budget < longest:
+        yield (
+            f"learner.token_budget={config.learner.token_budget} is smaller than the longest row, "
+            f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}: raise it."
+        )
+    if config.model.adapter and config.learner.lora.rank:
+        yield (
+            f"learner.lora.rank={config.learner.lora.rank} asks for a fresh adapter and "
+            f"model.adapter={config.model.adapter} for an old one: set learner.lora.rank=0 to continue it."
         )
 
 

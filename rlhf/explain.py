@@ -33,7 +33,9 @@ def _what(recipe: str, config: Config) -> list[str]:
     rollout, learner = config.rollout, config.learner
     parts = ", ".join(f"{name} ({part.kind} x {part.weight:g})" for name, part in config.reward.parts.items())
     sources = ", ".join(config.data.named_sources()) or "none: give data.path or rows in Python"
-    trained = f"LoRA of rank {learner.lora.rank}" if learner.lora.rank else "all weights"
+    trained = f"all weights but {', '.join(learner.freeze)}" if learner.freeze else "all weights"
+    if learner.lora.rank:
+        trained = f"LoRA of rank {learner.lora.rank}"
     return [
         f"recipe {recipe}, seed {config.run.seed}, model {config.model.path}",
         f"data {sources}; {config.data.validation} validation and {config.data.heldout} held-out rows; "
@@ -127,9 +129,8 @@ def _objective(algorithm: AlgorithmConfig, optimizer_steps: int) -> str:
         return f"objective: CISPO, {what} is clipped to {bounds} as a weight; every token keeps a gradient."
     kind = "clip-higher: rare tokens may grow more" if clip.high > clip.low else "symmetric"
     dual = f", dual clip at {clip.dual:g}" if clip.dual else ", dual clip off"
-    idle = (
-        " With one optimizer step a rollout the ratio is 1 and the clip idle." if optimizer_steps == 1 else ""
-    )
+    on_policy = optimizer_steps == 1 and algorithm.old_logprobs is not OldLogprobs.rollout
+    idle = " With one optimizer step a rollout the ratio is 1 and the clip idle." if on_policy else ""
     return f"clip: {what} is clipped to {bounds} ({kind}){dual}.{idle}"
 
 

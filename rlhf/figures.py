@@ -36,21 +36,29 @@ class Panel:
     log: bool = False
 
 
-TRAINING = (
-    Panel("Response length", {"length/mean": "mean", "length/p95": "95th percentile"}),
-    Panel("Truncated responses", {"length/truncated": "training", "eval/truncated": "held-out"}),
-    Panel("Entropy", {"policy/entropy": "policy"}),
-    Panel("Clipped tokens", {
-        "policy/clip_low": "lower clip", "policy/clip_high": "upper clip", "policy/clip_dual": "dual clip",
-    }),
-    Panel("Learner against engine, log-prob gap", {
-        "mismatch/logprob_gap": "mean", "mismatch/logprob_gap_max": "largest",
-    }, log=True),
-    Panel("Gradient norm", {"learner/grad_norm": "before clipping"}),
-    Panel("Reward", {"train/reward": "training", "eval/reward": "held-out"}),
-    Panel("Groups without signal", {"selection/zero_variance": "all right or all wrong"}),
-    Panel("Speed", {"throughput/generated": "generated", "throughput/learned": "learned"}),
-)  # fmt: skip
+HELD_OUT = "held-out"
+"""What evaluations answer unless the run says otherwise."""
+
+
+def training_panels(split: str) -> tuple[Panel, ...]:
+    """The charts of training; `split` is what evaluations answered, in words."""
+    return (
+        Panel("Response length", {"length/mean": "mean", "length/p95": "95th percentile"}),
+        Panel("Truncated responses", {"length/truncated": "training", "eval/truncated": split}),
+        Panel("Entropy", {"policy/entropy": "policy"}),
+        Panel("Clipped tokens", {
+            "policy/clip_low": "lower clip", "policy/clip_high": "upper clip",
+            "policy/clip_dual": "dual clip",
+        }),
+        Panel("Learner against engine, log-prob gap", {
+            "mismatch/logprob_gap": "mean", "mismatch/logprob_gap_max": "largest",
+        }, log=True),
+        Panel("Gradient norm", {"learner/grad_norm": "before clipping"}),
+        Panel("Reward", {"train/reward": "training", "eval/reward": split}),
+        Panel("Groups without signal", {"selection/zero_variance": "all right or all wrong"}),
+        Panel("Speed", {"throughput/generated": "generated", "throughput/learned": "learned"}),
+    )  # fmt: skip
+
 
 MEMORY = (
     Panel("Memory", {
@@ -60,14 +68,15 @@ MEMORY = (
 )  # fmt: skip
 
 
-def draw(rows: Sequence[Row], folder: Path, subtitle: str = "") -> dict[str, Path]:
+def draw(rows: Sequence[Row], folder: Path, subtitle: str = "", split: str = HELD_OUT) -> dict[str, Path]:
     """Draw what the rows hold: `learning_curve`, `training`, `time`, `memory` -> path of the PNG.
 
-    `subtitle` stands under the title of the learning curve. A figure without data is left out.
+    `subtitle` stands under the title of the learning curve; `split` is what evaluations answered, in words.
+    A figure without data is left out.
     """
     makers: dict[str, Callable[[], Figure | None]] = {
-        "learning_curve": lambda: learning_curve(rows, subtitle),
-        "training": lambda: panels(rows, TRAINING),
+        "learning_curve": lambda: learning_curve(rows, subtitle, split),
+        "training": lambda: panels(rows, training_panels(split)),
         "time": lambda: time_by_phase(rows),
         "memory": lambda: panels(rows, MEMORY),
     }
@@ -98,8 +107,8 @@ def elapsed(rows: Sequence[Row]) -> dict[float, float]:
 # ---------------------------------------------------------------- learning curve
 
 
-def learning_curve(rows: Sequence[Row], subtitle: str = "") -> Figure | None:
-    """Accuracy against steps and against wall clock: held-out with its Wilson band, and training."""
+def learning_curve(rows: Sequence[Row], subtitle: str = "", split: str = HELD_OUT) -> Figure | None:
+    """Accuracy against steps and against wall clock: evaluated with its Wilson band, and training."""
     evaluated = column(rows, "eval/accuracy")[1]
     if not evaluated and not column(rows, "train/accuracy")[0]:
         return None
@@ -107,28 +116,29 @@ def learning_curve(rows: Sequence[Row], subtitle: str = "") -> Figure | None:
     left, right = figure.subplots(1, 2, sharey=True)
     seconds = elapsed(rows)
     unit, scale = _time_unit(max(seconds.values(), default=0.0))
-    _accuracies(left, rows, {row["step"]: row["step"] for row in rows})
-    _accuracies(right, rows, {step: value / scale for step, value in seconds.items()})
+    _accuracies(left, rows, {row["step"]: row["step"] for row in rows}, split)
+    _accuracies(right, rows, {step: value / scale for step, value in seconds.items()}, split)
     left.set_xlabel("step")
     right.set_xlabel(f"wall clock, {unit}")
     left.set_ylabel("accuracy, %")
     left.set_ylim(0, 100)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=4, frameon=False)
-    figure.suptitle(_headline(evaluated), x=0.01, ha="left", fontsize=14, fontweight="bold")
+    figure.suptitle(_headline(evaluated, split), x=0.01, ha="left", fontsize=14, fontweight="bold")
     left.set_title(subtitle, loc="left", fontsize=10, color="#555555")
     return figure
 
 
-def _headline(evaluated: Sequence[float]) -> str:
+def _headline(evaluated: Sequence[float], split: str) -> str:
     """`Held-out accuracy 5.0 % → 95.5 %`."""
     if not evaluated:
         return "Training accuracy"
     first, last = (f"{100 * value:.1f} %" for value in (evaluated[0], evaluated[-1]))
-    return f"Held-out accuracy {first} → {last}" if len(evaluated) > 1 else f"Held-out accuracy {first}"
+    change = f"{first} → {last}" if len(evaluated) > 1 else first
+    return f"{split.capitalize()} accuracy {change}"
 
 
-def _accuracies(axes: Axes, rows: Sequence[Row], x: dict[float, float]) -> None:
+def _accuracies(axes: Axes, rows: Sequence[Row], x: dict[float, float], split: str) -> None:
     """Training (pale dots and running mean), any mention (dashed), strict with its band, over `x[step]`."""
     steps, values = _percent(rows, "train/accuracy", x)
     if steps:
@@ -138,7 +148,7 @@ def _accuracies(axes: Axes, rows: Sequence[Row], x: dict[float, float]) -> None:
         )
     steps, values = _percent(rows, "eval/any_mention", x)
     if steps:
-        axes.plot(steps, values, "--", color=GRAY, linewidth=1.4, label="held-out, any mention", zorder=2)
+        axes.plot(steps, values, "--", color=GRAY, linewidth=1.4, label=f"{split}, any mention", zorder=2)
     steps, values = _percent(rows, "eval/accuracy", x)
     if steps:
         lows, highs = _percent(rows, "eval/accuracy_low", x)[1], _percent(rows, "eval/accuracy_high", x)[1]
@@ -147,7 +157,7 @@ def _accuracies(axes: Axes, rows: Sequence[Row], x: dict[float, float]) -> None:
                 steps, lows, highs, color=BLUE, alpha=0.18, linewidth=0, label="95 % Wilson interval"
             )
         axes.plot(
-            steps, values, "o-", color=BLUE, linewidth=2.2, markersize=4, label="held-out, strict", zorder=3
+            steps, values, "o-", color=BLUE, linewidth=2.2, markersize=4, label=f"{split}, strict", zorder=3
         )
     _clean(axes)
 

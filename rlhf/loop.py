@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf import report
 from rlhf.algorithms import overlong
 from rlhf.algorithms.config import KlPlace, OldLogprobs
 from rlhf.algorithms.dynamic_sampling import Selection
 from rlhf.algorithms.kl import response_penalty
 from rlhf.algorithms.losses import add_derived
 from rlhf.batching import MiniBatches, assign_advantages, mini_batches, plain_rows
+from rlhf.evaluation.config import Split
 from rlhf.evaluation.runner import evaluate, sampling_for
 from rlhf.experience import experience_metrics, mean_updates, throughput
 from rlhf.run import Run
@@ -28,28 +28,30 @@ class Summary:
     """The last step's."""
     first_accuracy: float | None
     last_accuracy: float | None
-    """On the held-out set, before and after training; None without one."""
+    """On the evaluated set, before and after training; None without one."""
+    evaluated: str = "held-out"
+    """What the evaluated set is called: `held-out` or `validation`."""
 
     def text(self) -> str:
         """Two lines for the console."""
         change = ""
         if self.first_accuracy is not None and self.last_accuracy is not None:
-            change = f": held-out accuracy {self.first_accuracy:.1%} -> {self.last_accuracy:.1%}"
+            change = f": {self.evaluated} accuracy {self.first_accuracy:.1%} -> {self.last_accuracy:.1%}"
         return f"{self.steps} steps{change}\nReport: {self.folder / 'report.md'}"
 
 
 def train(run: Run) -> Summary:
-    """Train until `loop.steps`, or until selection says that nothing is left to learn from."""
+    """Train until `loop.steps`, or until selection or the data say that nothing is left to learn from."""
     publish(run)
     evaluate_if_due(run)
     close_step(run)
     while not run.finished:
         selection = collect(run)
-        learn(run, selection.groups)
         record(run, selection)
+        learn(run, selection.groups)
         publish(run)
         run.step += 1
-        run.stopped = selection.stop
+        run.stopped = selection.stop or run.ran_dry(selection.groups)
         evaluate_if_due(run)
         if run.finished:
             save(run)
@@ -74,7 +76,7 @@ def collect(run: Run) -> Selection:
         generated += groups
     selection = run.selector.finish()
     if selection.shortage:
-        run.say(selection.shortage)
+        run.say_shortage(selection.shortage, last=selection.stop)
     run.metrics |= experience_metrics(generated, selection.groups, run.step) | selection.counts
     run.metrics |= {"train/prompts": run.cursor.consumed, "train/epoch": run.cursor.epoch}
     run.trackers.completions(run.step + 1, generated)
@@ -95,11 +97,18 @@ def score(run: Run, groups: list[Group]) -> None:
             trajectory.reward += trajectory.rewards["kl"]
 
 
+def record(run: Run, selection: Selection) -> None:
+    """Assign advantages and write every group of the step, kept or not: also what learning then fails on."""
+    with run.clock("batching"):
+        assign_advantages(selection.groups, run.config.algorithm)
+    with run.clock("record"):
+        run.recorder.write(run.step + 1, selection.groups + selection.carried + selection.dropped)
+
+
 def learn(run: Run, groups: list[Group]) -> None:
-    """Advantages, rows, the log-probs that the algorithm asks for, then one optimizer step a mini-batch."""
+    """Rows, the log-probs that the algorithm asks for, then one optimizer step a mini-batch."""
     config = run.config
     with run.clock("batching"):
-        assign_advantages(groups, config.algorithm)
         batches = mini_batches(groups, config.algorithm, config.loop, run.sampling.max_tokens)
     with run.clock("logprobs"):
         fill_logprobs(run, batches)
@@ -110,12 +119,6 @@ def learn(run: Run, groups: list[Group]) -> None:
     add_derived(means)
     run.metrics |= means
     run.metrics["train/empty_responses"] = batches.empty_responses
-
-
-def record(run: Run, selection: Selection) -> None:
-    """Write every group of the step, kept or not, advantages included."""
-    with run.clock("record"):
-        run.recorder.write(run.step + 1, selection.groups + selection.carried + selection.dropped)
 
 
 def fill_logprobs(run: Run, batches: MiniBatches) -> None:
@@ -136,7 +139,7 @@ def publish(run: Run) -> None:
     """Send the weights to every engine and prove that they arrived; stops the run when they did not."""
     with run.clock("publish"):
         run.metrics |= run.publisher.publish(run.weights(), run.learner.score).metrics()
-        if run.config.learner.lora.rank:
+        if run.learner.has_adapter:
             run.metrics["weights/merge_gap"] = run.learner.merge_gap(run.engine_dtype)
 
 
@@ -172,9 +175,7 @@ def close_step(run: Run) -> None:
 
 
 def summarize(run: Run) -> Summary:
-    """Write the report and say where it is."""
-    run.trackers.close()
-    report.write(run.folder)
+    """What came out."""
     accuracies = [run.evaluations[step].accuracy for step in sorted(run.evaluations)]
     return Summary(
         folder=run.folder,
@@ -182,4 +183,5 @@ def summarize(run: Run) -> Summary:
         metrics=run.last_metrics,
         first_accuracy=accuracies[0] if accuracies else None,
         last_accuracy=accuracies[-1] if accuracies else None,
+        evaluated="held-out" if run.config.evaluation.split is Split.heldout else "validation",
     )

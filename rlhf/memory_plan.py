@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from rlhf.config import Config
-from rlhf.models import SMOLLM2, cache_folder
+from rlhf.models import SMOLLM2, local_config
 from rollout.config import EngineProcess
+from rollout.vllm_engine import automatic_cache_bytes
 from trainer.config import OptimizerName
 from trainer.memory.estimate import Estimate, ModelShape, engine_memory, learner_memory
 
@@ -27,9 +26,6 @@ MOMENTS = {
     OptimizerName.lion: 1,
     OptimizerName.adafactor: 0,
 }
-ENGINE_KV_LIMIT = 4 << 30
-"""Most cache that a CPU engine takes by itself."""
-BLOCK = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +45,14 @@ class MemoryPlan:
 
 
 def plan_memory(config: Config) -> MemoryPlan:
-    """Estimate from dimensions alone; says what is missing when the model's are not on this machine."""
+    """Estimate from dimensions alone; says what is missing when the model's are not known."""
     shape = _shape(config.model.path)
-    if shape is None:
-        why = f"{config.model.path} is not on this machine, so its dimensions are unknown: no estimate."
-        return MemoryPlan(NOTHING, NOTHING, config.rollout.engines, why)
+    if isinstance(shape, str):
+        return MemoryPlan(NOTHING, NOTHING, config.rollout.engines, unknown=shape)
     learner = config.learner
     width = 4 if learner.dtype.value == "float32" else 2
-    share = _lora_share(shape, learner.lora.rank) if learner.lora.rank else 1.0
+    rank = learner.lora.rank
+    share = _lora_share(shape, rank) if rank else shape.trained_share(learner.freeze)
     estimate = learner_memory(
         shape,
         tokens=_tokens(config),
@@ -65,7 +61,7 @@ def plan_memory(config: Config) -> MemoryPlan:
         moments=MOMENTS[learner.optimizer.name],
         trained_share=share,
         checkpointing=learner.activation_checkpointing,
-        reference=config.algorithm.kl.coefficient > 0 and not learner.lora.rank,
+        reference=config.algorithm.kl.coefficient > 0 and not rank,
     )
     return MemoryPlan(estimate, _engine(config, shape), config.rollout.engines)
 
@@ -82,9 +78,8 @@ def _tokens(config: Config) -> int:
 def _engine(config: Config, shape: ModelShape) -> Estimate:
     rollout = config.rollout
     width = 4 if rollout.dtype.value == "float32" else 2
-    length = rollout.max_model_len or config.data.max_prompt_tokens + rollout.max_new_tokens
-    blocks = rollout.max_num_seqs * -(-(length + 1) // BLOCK) + 1
-    automatic = min(blocks * BLOCK * shape.kv_bytes_per_token(width), ENGINE_KV_LIMIT)
+    length = rollout.max_model_len or config.longest_sequence
+    automatic = automatic_cache_bytes(shape.kv_bytes_per_token(width), rollout.max_num_seqs, length)
     cache = rollout.kv_cache_gib * (1 << 30) or automatic
     estimate = engine_memory(shape, kv_cache_bytes=cache, weight_bytes=width)
     if rollout.process is EngineProcess.inprocess:
@@ -92,17 +87,17 @@ def _engine(config: Config, shape: ModelShape) -> Estimate:
     return estimate
 
 
-def _shape(path: str) -> ModelShape | None:
-    """Dimensions from the table, a local folder, our cache or the hub's cache; never from the network."""
+def _shape(path: str) -> ModelShape | str:
+    """Dimensions from the table or a `config.json` on this machine, else the sentence that says why not."""
     if path in KNOWN:
         return KNOWN[path]
-    hub = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub"
-    snapshots = sorted((hub / f"models--{path.replace('/', '--')}" / "snapshots").glob("*"))
-    tiny = sorted((cache_folder() / "models").glob(f"{path}-v*")) if path.startswith("tiny-") else []
-    for folder in (Path(path).expanduser(), *tiny, *snapshots):
-        if (folder / "config.json").is_file():
-            return ModelShape.read(folder)
-    return None
+    folder = local_config(path)
+    if folder is None:
+        return f"{path} has no config.json on this machine, so its dimensions are unknown: no estimate."
+    try:
+        return ModelShape.read(folder)
+    except KeyError as error:
+        return f"{folder / 'config.json'} has no {error}, so the dimensions are unknown: no estimate."
 
 
 def _lora_share(shape: ModelShape, rank: int) -> float:

@@ -37,7 +37,7 @@ SECTIONS = {
     "learner": "The update",
     "weights": "Publishing weights to the engines",
     "staleness": "How old the experience is",
-    "eval": "The held-out set, with its own sampling settings",
+    "eval": "The problems of `evaluation.split`, with their own sampling settings",
     "throughput": "Speed",
     "time": "Where the step's seconds went; phases and `time/other` add up to `time/step`",
     "memory": "What the processes hold",
@@ -60,6 +60,7 @@ reward/<part>_no_answer | responses | responses in which the part found no answe
 reward/<part>_gold_unparsable | responses | responses whose own reference answer is unreadable
 reward/<part>_timeout | responses | gradings stopped at their time limit
 reward/<part>_error | responses | gradings that failed
+reward/replaced_workers | processes | grading processes that were killed or died and were replaced
 
 selection/offered | groups | groups generated and looked at in the step
 selection/kept | groups | groups learned from
@@ -93,7 +94,6 @@ policy/up_clipped_prob | probability | mean probability of the tokens that the u
 policy/kl_old_k1 | nats | k1 estimate of KL(old, new)
 policy/kl_old_k3 | nats | k3 estimate of KL(old, new)
 policy/kl_reference | nats | estimate of KL(new, reference), when a reference is used
-policy/nonfinite | share | tokens whose loss is not finite
 
 mismatch/logprob_gap | nats | mean of |learner log-prob - engine log-prob|
 mismatch/logprob_gap_max | nats | largest such gap
@@ -116,25 +116,25 @@ weights/version | version | version installed in the engines
 weights/bytes | bytes | bytes transferred
 weights/merge_gap | share | share of the adapter's update that rounding loses when it is merged (LoRA only)
 weights/unchanged | tensors | tensors that did not change since the last version
-weights/read_back | places | places of the live model that were read back after the install
+weights/read_back | places | places read back out of the live model; 0 where the transport cannot
 weights/probe_gap_mean | nats | mean |learner - engine| log-prob on the probe after the publish
 weights/probe_gap_max | nats | largest such gap; beyond the tolerance the run stops
-weights/<phase>_seconds | seconds | one phase of the publish: gather, transfer, install, verify, probe
+weights/<phase>_seconds | seconds | one phase of the publish: gather, transfer, hash, install, readback, probe
 
-staleness/mean | versions | mean age of the weights that generated a token, in published versions
-staleness/max | versions | oldest
+staleness/mean | versions | mean age of the groups learned from: versions published since they were generated
+staleness/max | versions | age of the oldest of them
 
-eval/accuracy | share | held-out prompts answered right under the strict rule
+eval/accuracy | share | prompts answered right under the strict rule
 eval/accuracy_low | share | lower end of the 95 % Wilson interval
 eval/accuracy_high | share | upper end of the 95 % Wilson interval
 eval/accuracy_se | share | standard error of the accuracy
-eval/any_mention | share | right answer mentioned anywhere in the response
+eval/any_mention | share | right answer mentioned anywhere in the response, where all answers are integers
 eval/format | share | responses that ended and from which an answer could be read
 eval/reward | reward | mean weighted reward
 eval/length_mean | tokens | mean response length
 eval/truncated | share | responses cut at the limit
 eval/ungraded | responses | aborted by the engine or not gradable; counted as wrong
-eval/prompts | prompts | held-out prompts answered
+eval/prompts | prompts | prompts answered
 
 throughput/generated | tokens/s | generated tokens over the seconds of rollout
 throughput/learned | tokens/s | tokens computed over the seconds of update
@@ -147,7 +147,7 @@ time/logprobs | seconds | old and reference log-probs
 time/update | seconds | forward, backward, optimizer
 time/publish | seconds | weight transfer and probe
 time/record | seconds | writing rollouts
-time/evaluation | seconds | the held-out set
+time/evaluation | seconds | answering and grading the problems of `evaluation.split`
 time/checkpoint | seconds | saving
 time/tracking | seconds | the trackers
 time/other | seconds | everything outside a named phase

@@ -6,6 +6,7 @@ and perhaps an adapter folder to continue. Neither torch nor transformers is imp
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -30,8 +31,10 @@ __all__ = [
     "ResolvedModel",
     "build_tiny",
     "cache_folder",
+    "check_local",
     "end_token_ids",
     "load_tokenizer",
+    "local_config",
     "resolve",
 ]
 
@@ -43,6 +46,7 @@ PLAIN_TEMPLATE = "none"
 _TINY_VERSION = 2
 """Raised whenever `build_tiny` writes other bytes, so that an old copy in the cache is not used."""
 
+_TINY_NAMES = tuple(f"tiny-{kind}" for kind in TINY_KINDS)
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 _RUN_STEP = re.compile(r"^(?P<run>.+)@(?P<step>\d+|last)$")
 
@@ -92,8 +96,6 @@ class ResolvedModel:
     """Hugging Face folder with config, weights (safetensors) and tokenizer."""
     description: str
     """Where it came from, for the console and the run's record."""
-    revision: str = ""
-    """The hub commit, when it came from the hub."""
     adapter: Path | None = None
     """PEFT folder to continue on top of `folder`."""
     trust_remote_code: bool = False
@@ -114,31 +116,62 @@ def resolve(config: ModelConfig, runs: Path = Path("runs")) -> ResolvedModel:
     place = _locate(config.path, "model.path", config, runs)
     adapter, notes = None, [place.description]
     if _is_adapter(place.folder):
-        if config.adapter:
-            raise UserError(
-                f"model.path={config.path} is itself an adapter and model.adapter={config.adapter} names "
-                f"another: give the base model as model.path."
-            )
+        _refuse_second_adapter(config)
         adapter = place.folder
         place = _base_of(adapter, config, runs)
         notes.append(f"on {place.description}")
     elif config.adapter:
         found = _locate(config.adapter, "model.adapter", config, runs)
-        if not _is_adapter(found.folder):
-            raise UserError(
-                f"model.adapter={config.adapter} has no adapter_config.json in {found.folder}: "
-                f"name a folder that PEFT saved."
-            )
+        _require_adapter(found.folder, config)
         adapter = found.folder
         notes.append(f"with adapter {found.description}")
     _require_weights(place.folder, config.path)
     return ResolvedModel(
         folder=place.folder,
         description=", ".join(notes),
-        revision=place.revision,
         adapter=adapter,
         trust_remote_code=config.trust_remote_code,
     )
+
+
+def check_local(config: ModelConfig, runs: Path = Path("runs")) -> None:
+    """Refuse what `resolve` and `load_tokenizer` would, as far as files on this machine tell.
+
+    Nothing is downloaded, built or loaded. Raises `UserError` as they do.
+    """
+    place = _local(config.path, "model.path", runs)
+    if place is not None and not _is_model(place.folder):
+        raise UserError(
+            f"model.path={config.path} holds no model: name a Hugging Face folder or a PEFT adapter."
+        )
+    if place is not None and _is_adapter(place.folder):
+        _refuse_second_adapter(config)
+        base = _base_name(place.folder)
+        place = _local(base, "base_model_name_or_path", runs)
+    elif config.adapter:
+        adapter = _local(config.adapter, "model.adapter", runs)
+        if adapter is not None:
+            _require_adapter(adapter.folder, config)
+    if place is not None:
+        _require_weights(place.folder, config.path)
+    if config.chat_template and config.chat_template != PLAIN_TEMPLATE:
+        _read_template(config.chat_template)
+
+
+def _refuse_second_adapter(config: ModelConfig) -> None:
+    if config.adapter:
+        raise UserError(
+            f"model.path={config.path} is itself an adapter and model.adapter={config.adapter} names "
+            f"another: give the base model as model.path."
+        )
+
+
+def _require_adapter(folder: Path, config: ModelConfig) -> None:
+    if not _is_adapter(folder):
+        raise UserError(
+            f"model.adapter={config.adapter} has no adapter_config.json in {folder}: "
+            f"name a folder that PEFT saved."
+        )
 
 
 @dataclass(frozen=True)
@@ -147,15 +180,21 @@ class _Place:
 
     folder: Path
     description: str
-    revision: str = ""
 
 
 def _locate(path: str, key: str, config: ModelConfig, runs: Path) -> _Place:
     """The folder behind one name; `key` is the config key that errors name."""
     if path == SMOLLM2:
         return _smollm2(config)
-    if path in {f"tiny-{kind}" for kind in TINY_KINDS}:
+    if path in _TINY_NAMES:
         return _tiny(path)
+    return _local(path, key, runs) or _from_hub(path, key, config)
+
+
+def _local(path: str, key: str, runs: Path) -> _Place | None:
+    """The folder behind a folder's name or `RUN@STEP`; None for a built-in name or a hub id."""
+    if path == SMOLLM2 or path in _TINY_NAMES:
+        return None
     folder = Path(path).expanduser()
     if folder.is_dir():
         return _Place(folder.resolve(), f"local folder {folder}")
@@ -163,11 +202,26 @@ def _locate(path: str, key: str, config: ModelConfig, runs: Path) -> _Place:
     if step:
         return _checkpoint(step["run"], step["step"], key, runs)
     if _HUB_ID.match(path) and not path.startswith((".", "~", "/")):
-        return _from_hub(path, key, config)
+        return None
     raise UserError(
         f"{key}={path} is neither a folder, a hub id (owner/name), RUN@STEP nor one of {SMOLLM2}, "
-        f"{', '.join(f'tiny-{kind}' for kind in TINY_KINDS)}: correct the name."
+        f"{', '.join(_TINY_NAMES)}: correct the name."
     )
+
+
+def local_config(path: str, runs: Path = Path("runs")) -> Path | None:
+    """The folder of `model.path` that holds its `config.json`, if it is on this machine; never the network.
+
+    Looks where `resolve` does: a folder, `RUN@STEP`, our cache, the hub's cache.
+    """
+    hub = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub"
+    places = [Path(path).expanduser(), cache_folder() / "models" / f"{path}-v{_TINY_VERSION}"]
+    step = _RUN_STEP.match(path)
+    if step:
+        with contextlib.suppress(UserError):
+            places.append(_checkpoint(step["run"], step["step"], "model.path", runs).folder)
+    places += sorted((hub / f"models--{path.replace('/', '--')}" / "snapshots").glob("*"))
+    return next((place for place in places if (place / "config.json").is_file()), None)
 
 
 def _checkpoint(run: str, step: str, key: str, runs: Path) -> _Place:
@@ -196,6 +250,16 @@ def _is_model(folder: Path) -> bool:
 
 def _base_of(adapter: Path, config: ModelConfig, runs: Path) -> _Place:
     """The base model that a PEFT folder was trained on."""
+    place = _locate(_base_name(adapter), "base_model_name_or_path", config, runs)
+    if _is_adapter(place.folder):
+        raise UserError(
+            f"the base model of {adapter} is itself an adapter ({place.folder}): merge that one first."
+        )
+    return place
+
+
+def _base_name(adapter: Path) -> str:
+    """What a PEFT folder calls its base model."""
     try:
         base = json.loads((adapter / "adapter_config.json").read_text()).get("base_model_name_or_path")
     except json.JSONDecodeError as error:
@@ -207,12 +271,7 @@ def _base_of(adapter: Path, config: ModelConfig, runs: Path) -> _Place:
             f"{adapter / 'adapter_config.json'} names no base model: set model.path to the base and "
             f"model.adapter={adapter}."
         )
-    place = _locate(base, "base_model_name_or_path", config, runs)
-    if _is_adapter(place.folder):
-        raise UserError(
-            f"the base model of {adapter} is itself an adapter ({place.folder}): merge that one first."
-        )
-    return place
+    return str(base)
 
 
 def _require_weights(folder: Path, path: str) -> None:
@@ -241,7 +300,7 @@ def _missing_weights(folder: Path) -> list[str]:
 def _from_hub(hub_id: str, key: str, config: ModelConfig) -> _Place:
     """One revision of a hub repository, downloaded or from the cache."""
     folder = fetch(hub_id, key, config.revision, offline=config.offline, code=config.trust_remote_code)
-    return _Place(folder, f"hub {hub_id} at {folder.name[:12]}", folder.name)
+    return _Place(folder, f"hub {hub_id} at {folder.name[:12]}")
 
 
 def cache_folder() -> Path:

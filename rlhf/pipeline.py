@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.utils import logging as transformers_logging
 
-from rlhf import environment, models
+from rlhf import environment, models, report
 from rlhf.algorithms.dynamic_sampling import Selector
 from rlhf.algorithms.losses import build_loss
 from rlhf.clock import Clock
@@ -30,7 +31,8 @@ from rlhf.evaluation.runner import Evaluation, evaluate, sampling_for
 from rlhf.loop import Summary, train
 from rlhf.memory import MemoryMonitor
 from rlhf.models import ResolvedModel
-from rlhf.preflight import run_folder, source_names
+from rlhf.placement import Placement, place
+from rlhf.preflight import check_length, claim_run_folder, config_file, source_names
 from rlhf.rewards.base import Scorer
 from rlhf.rewards.config import RewardPartConfig
 from rlhf.run import Run
@@ -42,10 +44,10 @@ from rollout.pool import Draw, LocalPool, build_engines
 from rollout.recorder import Recorder
 from rollout.types import Prompt
 from rollout.weights.errors import ProbeError, WeightTransferError
-from rollout.weights.probe import probe_sequences
+from rollout.weights.probe import probe_length, probe_sequences
 from rollout.weights.publisher import Publisher
 from trainer.learner import Learner, NonFiniteError
-from trainer.model import load_model
+from trainer.model import hub_names, load_model, save_model
 
 logger = logging.getLogger(__name__)
 
@@ -64,20 +66,23 @@ def train_config(
 
     Raises `UserError` when it does not fit this machine or data, `RunStoppedError` when it must not go on.
     """
-    with clear_sentences():
+    with _stopping(lambda: "the run could not start"), clear_sentences():
         run = build(config, recipe, reward=reward, dataset=dataset)
     try:
-        with run.memory:
+        with _stopping(lambda: f"the run stopped in step {run.step + 1}"), run.memory:
             return train(run)
-    except (WeightTransferError, ProbeError, EngineError, NonFiniteError) as error:
-        raise RunStoppedError(f"the run stopped in step {run.step + 1}: {error}") from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"interrupted in step {run.step + 1}; {run.folder} keeps what was logged."
+        ) from None
     finally:
         run.close()
+        _write_report(run.folder)
 
 
 def evaluate_config(config: Config) -> str:
     """Score `model.path` on the recipe's held-out set; returns the numbers as text."""
-    with clear_sentences():
+    with _stopping(lambda: "the evaluation stopped"), clear_sentences():
         result = _evaluate(config)
     low, high = result.interval
     lines = [
@@ -86,6 +91,25 @@ def evaluate_config(config: Config) -> str:
     ]
     lines += [f"{name} {value:.4g}" for name, value in result.metrics().items()]
     return "\n".join(lines)
+
+
+@contextmanager
+def _stopping(what: Callable[[], str]) -> Iterator[None]:
+    """What no configuration mends, such as a dead engine, becomes one `RunStoppedError`: `what()` and why."""
+    try:
+        yield
+    except (WeightTransferError, ProbeError, EngineError, NonFiniteError) as error:
+        raise RunStoppedError(f"{what()}: {error}") from error
+
+
+def _write_report(folder: Path) -> None:
+    """`report.md` of all that was logged, also of a run that stopped; it never hides why that one did."""
+    try:
+        report.write(folder)
+    except UserError:
+        return  # stopped before anything was logged
+    except Exception:
+        logger.exception("The report of %s could not be written.", folder)
 
 
 # ---------------------------------------------------------------- building
@@ -108,19 +132,24 @@ def build(
         scorer.start()
         trackers = opened.enter_context(build_trackers(config.tracking))
         resolved = models.resolve(config.model)
+        check_length(config, resolved.folder)
         tokenizer = models.load_tokenizer(resolved, config.model)
         prompts, heldout = _prompts(config, splits, tokenizer)
-        folder = _claim(run_folder(config, recipe))
-        learner, engines = _learner_and_engines(config, resolved, folder)
+        placement = _placement(config)
+        folder = claim_run_folder(config, recipe)
+        opened.callback(config_file(folder).unlink, missing_ok=True)  # what fails to load may be tried again
+        learner, engines = _learner_and_engines(config, resolved, folder, placement)
         pool = opened.enter_context(closing(LocalPool(engines, config.run.seed)))
-        publisher = opened.enter_context(closing(_publisher(config, engines, prompts, tokenizer, folder)))
+        probe = _probe(config, prompts, tokenizer)
+        publisher = opened.enter_context(
+            closing(_publisher(config, engines, probe, learner, placement, folder))
+        )
         _write_records(config, folder, resolved, scorer)
         sampling = config.rollout.sampling(models.end_token_ids(tokenizer, resolved.folder))
         _announce(resolved, splits, engines, sampling, learner)
         trackers.start(to_dict(config), folder)
         clock = Clock()
-        opened.pop_all()
-        return Run(
+        run = Run(
             config=config,
             folder=folder,
             prompts=prompts,
@@ -139,6 +168,8 @@ def build(
             clock=clock,
             memory=MemoryMonitor(phase=lambda: clock.phase),
         )
+        opened.pop_all()
+        return run
 
 
 def _cursor(config: Config, splits: Splits, prompts: dict[str, list[Prompt]]) -> Cursor:
@@ -146,30 +177,33 @@ def _cursor(config: Config, splits: Splits, prompts: dict[str, list[Prompt]]) ->
     return Cursor(sizes, seed=config.run.seed, weights=splits.weights, epochs=config.data.epochs)
 
 
-def _publisher(
-    config: Config, engines: list[Engine], prompts: dict[str, list[Prompt]], tokenizer: Any, folder: Path
-) -> Publisher:
-    """The channel to the engines; the probe is a few training prompts and random tokens."""
+def _probe(config: Config, prompts: dict[str, list[Prompt]], tokenizer: Any) -> list[list[int]]:
+    """A few training prompts and random tokens, no longer than the engines take."""
     some = [prompt.token_ids for group in prompts.values() for prompt in group[:8]]
-    gpus = _gpus()
+    length = probe_length(config.rollout.max_model_len or config.longest_sequence)
+    return probe_sequences(some, vocabulary=len(tokenizer), length=length)
+
+
+def _publisher(
+    config: Config,
+    engines: list[Engine],
+    probe: list[list[int]],
+    learner: Learner,
+    placement: Placement,
+    folder: Path,
+) -> Publisher:
+    """The channel to the engines. Under an adapter or `freeze`, which tensors stay is not known by name."""
     return Publisher(
         engines,
         config.weights,
-        probe_sequences(some, vocabulary=len(tokenizer)),
+        probe,
         tensor_parallel=config.rollout.tensor_parallel,
         folder=folder,
-        on_gpu=gpus.engines,
-        shares_gpu=gpus.shared,
-        frozen=None if config.learner.freeze or config.learner.lora.rank else (),
+        on_gpu=placement.on_gpu,
+        shares_gpu=placement.shared,
+        frozen=None if config.learner.freeze or learner.has_adapter else (),
+        learner_dtype=config.learner.dtype.value,
     )
-
-
-def _claim(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"run.dir={folder} cannot be created ({error.strerror}): choose another.") from error
-    return folder
 
 
 def _with_python_parts(
@@ -216,36 +250,53 @@ def _prompts(config: Config, splits: Splits, tokenizer: Any) -> tuple[dict[str, 
 
 
 def _learner_and_engines(
-    config: Config, resolved: ResolvedModel, folder: Path
+    config: Config, resolved: ResolvedModel, folder: Path, placement: Placement
 ) -> tuple[Learner, list[Engine]]:
-    """Load engines and learner at the same time; an engine in this process is loaded first."""
-    if config.rollout.process is EngineProcess.inprocess:
-        engines = _engines(config, resolved, folder)
-        return _learner(config, resolved, folder), engines
+    """Load engines and learner at the same time; first the engine in this process, or on the learner's GPU.
+
+    vLLM measures free GPU memory while it loads, which nobody else may take meanwhile.
+    """
+    load = functools.partial(
+        _engines,
+        config,
+        str(resolved.folder),
+        resolved,
+        placement,
+        transport=config.weights.resolve(on_gpu=placement.on_gpu, shares_gpu=placement.shared).value,
+        log_folder=folder / "logs",
+    )
     with ThreadPoolExecutor(1) as thread:
-        loading = thread.submit(_engines, config, resolved, folder)
+        loading: Future[list[Engine]] = Future()
+        if config.rollout.process is EngineProcess.inprocess or placement.shared:
+            loading.set_result(load())
+        else:
+            loading = thread.submit(load)
         try:
             learner = _learner(config, resolved, folder)
         except BaseException:
-            for engine in loading.result():
+            for engine in [] if loading.exception() else loading.result():
                 engine.close()
             raise
         return learner, loading.result()
 
 
-def _engines(config: Config, resolved: ResolvedModel, folder: Path) -> list[Engine]:
-    gpus = _gpus()
-    longest = max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens)
-    return build_engines(
-        config.rollout,
-        model=str(resolved.folder),
-        tokenizer=str(resolved.tokenizer_folder),
-        length=config.data.max_prompt_tokens + longest,
-        seed=config.run.seed,
-        transport=config.weights.resolve(on_gpu=gpus.engines, shares_gpu=gpus.shared).value,
-        trust_remote_code=resolved.trust_remote_code,
-        log_folder=folder / "logs",
-    )
+def _engines(
+    config: Config, model: str, resolved: ResolvedModel, placement: Placement, **options: Any
+) -> list[Engine]:
+    """Engines of the model in folder `model`, with the tokenizer of `resolved`."""
+    try:
+        return build_engines(
+            config.rollout,
+            model=model,
+            tokenizer=str(resolved.tokenizer_folder),
+            length=config.longest_sequence,
+            seed=config.run.seed,
+            trust_remote_code=resolved.trust_remote_code,
+            gpus=placement.engines,
+            **options,
+        )
+    except RuntimeError as error:
+        raise EngineError(f"an engine could not be loaded: {error}") from error
 
 
 def _learner(config: Config, resolved: ResolvedModel, folder: Path) -> Learner:
@@ -264,25 +315,23 @@ def _learner(config: Config, resolved: ResolvedModel, folder: Path) -> Learner:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Gpus:
-    """Whether engines run on GPUs, and on the learner's."""
-
-    engines: bool
-    shared: bool
-
-
-def _gpus() -> _Gpus:
-    """Engines take a GPU when there is one, and share the learner's when there is no other."""
-    available = torch.cuda.is_available()
-    return _Gpus(engines=available, shared=available and torch.cuda.device_count() == 1)
+def _placement(config: Config, learner: bool = True) -> Placement:
+    """Where the engines run on this machine."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus and learner and config.rollout.process is EngineProcess.inprocess:
+        raise UserError(
+            "rollout.process=inprocess has no way for weights on a GPU, which travel between processes: set "
+            "rollout.process=child."
+        )
+    rollout = config.rollout
+    return place(gpus, engines=rollout.engines, tensor_parallel=rollout.tensor_parallel, learner=learner)
 
 
 def _write_records(config: Config, folder: Path, resolved: ResolvedModel, scorer: Scorer) -> None:
     """What ran: every key, the model, the graders by version, the machine."""
     graders = ", ".join(f"{part}={label}" for part, label in scorer.graders().items())
     head = f"# @package _global_\n# model: {resolved.description}\n# graders: {graders}\n"
-    (folder / "config.yaml").write_text(head + to_yaml(config))
+    config_file(folder).write_text(head + to_yaml(config))
     environment.write(folder)
 
 
@@ -306,30 +355,28 @@ def _announce(
 
 
 def _evaluate(config: Config) -> Evaluation:
-    """Build just what answering the held-out set needs."""
+    """Build just what answering the held-out set needs; all of it is released again."""
     splits = load_splits(config.data)
     evaluated = splits.validation if config.evaluation.split is Split.validation else splits.heldout
     if not evaluated:
         raise UserError(
             f"data.{config.evaluation.split}=0 leaves nothing to evaluate: set it to a number of problems."
         )
-    scorer = Scorer(config.reward)
-    scorer.check_sources(sorted({example.source for example in evaluated}))
-    resolved = models.resolve(config.model)
-    tokenizer = models.load_tokenizer(resolved, config.model)
-    prompts = PromptBuilder(tokenizer, config.data, config.model).build(evaluated).prompts
-    engines = build_engines(
-        config.rollout,
-        model=str(resolved.folder),
-        tokenizer=str(resolved.tokenizer_folder),
-        length=config.data.max_prompt_tokens
-        + max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens),
-        seed=config.run.seed,
-        trust_remote_code=resolved.trust_remote_code,
-    )
-    pool = LocalPool(engines, config.run.seed)
-    training = config.rollout.sampling(models.end_token_ids(tokenizer, resolved.folder))
-    try:
+    with ExitStack() as opened:
+        scorer = opened.enter_context(Scorer(config.reward))
+        scorer.check_sources(source_names(splits))
+        resolved = models.resolve(config.model)
+        check_length(config, resolved.folder)
+        tokenizer = models.load_tokenizer(resolved, config.model)
+        prompts = PromptBuilder(tokenizer, config.data, config.model).build(evaluated).prompts
+        training = config.rollout.sampling(models.end_token_ids(tokenizer, resolved.folder))
+        placement = _placement(config, learner=False)
+        model = str(resolved.folder)
+        if resolved.adapter is not None:
+            model = opened.enter_context(tempfile.TemporaryDirectory(prefix="whetstone-merged-"))
+            _merge(resolved, resolved.adapter, getattr(torch, config.rollout.dtype.value), Path(model))
+        engines = _engines(config, model, resolved, placement)
+        pool = opened.enter_context(closing(LocalPool(engines, config.run.seed)))
         return evaluate(
             prompts[: config.evaluation.prompts or None],
             lambda asked, sampling: pool.generate(
@@ -343,6 +390,13 @@ def _evaluate(config: Config) -> Evaluation:
             step=0,
             graders=second_opinions(config.reward),
         )
-    finally:
-        pool.close()
-        scorer.close()
+
+
+def _merge(resolved: ResolvedModel, adapter: Path, dtype: torch.dtype, folder: Path) -> None:
+    """Write base and adapter to `folder` as one model, added in float32 and rounded once to `dtype`."""
+    from adapters import lora
+
+    base = load_model(resolved.folder, trust_remote_code=resolved.trust_remote_code)
+    merged = lora.load(base, adapter)
+    weights = dict(merged.model.named_parameters())
+    save_model(merged.model, hub_names(merged.model, merged.merged(dtype, weights)), folder)

@@ -19,6 +19,7 @@ import yaml
 from rlhf import figures
 from rlhf.errors import UserError
 from rlhf.evaluation import runner
+from rlhf.evaluation.config import Split
 from rlhf.evaluation.runner import Problem
 from rlhf.evaluation.statistics import mean
 from rlhf.figures import Row, column
@@ -31,7 +32,8 @@ FIGURES = "report"
 
 KEYS = (
     "model.path", "model.adapter", "data.path", "data.sources.*.path", "data.sources.*.args.*",
-    "data.heldout", "reward.parts.*.kind", "reward.parts.*.weight", "reward.parts.*.args.*",
+    "data.heldout", "evaluation.split",
+    "reward.parts.*.kind", "reward.parts.*.weight", "reward.parts.*.args.*",
     "algorithm.advantage.estimator", "algorithm.objective", "algorithm.clip.*", "algorithm.aggregation",
     "algorithm.kl.coefficient", "algorithm.entropy_coefficient", "algorithm.overlong.*",
     "algorithm.old_logprobs", "algorithm.correction.*", "algorithm.dynamic_sampling.*", "loop.*",
@@ -76,6 +78,12 @@ class Run:
         """The last step that was logged."""
         return int(self.rows[-1]["step"])
 
+    @property
+    def split(self) -> str:
+        """What was evaluated, in words: `held-out` or `validation`."""
+        name = self.config.get("evaluation", {}).get("split", Split.heldout.value)
+        return figures.HELD_OUT if name == Split.heldout.value else str(name)
+
 
 def load(folder: Path) -> Run:
     """Read a run's folder. Raises `UserError` when it has no `metrics.jsonl` with at least one step."""
@@ -106,7 +114,7 @@ def write(run_folder: Path | str) -> Path:
     Raises `UserError` when nothing was logged yet.
     """
     run = load(Path(run_folder))
-    drawn = figures.draw(run.rows, run.folder / FIGURES, _protocol(run))
+    drawn = figures.draw(run.rows, run.folder / FIGURES, _protocol(run), run.split)
     sections = [
         _header(run),
         _picture(run, drawn, "learning_curve"),
@@ -131,13 +139,14 @@ def write(run_folder: Path | str) -> Path:
 def _header(run: Run) -> str:
     """The name, and the outcome in two or three sentences."""
     lines = [f"# {run.folder.resolve().name}", "", _progress(run)]
+    name = f"{run.split.capitalize()} accuracy"
     first, last = _ends(run.rows, "eval/accuracy")
     if first is None or last is None:
         lines += ["", "No evaluation was logged."]
     elif first["step"] == last["step"]:
-        lines += ["", f"**Held-out accuracy at step {int(first['step'])}: {_accuracy(first)}.**"]
+        lines += ["", f"**{name} at step {int(first['step'])}: {_accuracy(first)}.**"]
     else:
-        lines += ["", f"**Held-out accuracy: {_accuracy(first)} → {_accuracy(last)}.**"]
+        lines += ["", f"**{name}: {_accuracy(first)} → {_accuracy(last)}.**"]
     if _protocol(run):
         lines[-1] += f" {_protocol(run)[0].upper()}{_protocol(run)[1:]}."
     return "\n".join(lines)
@@ -191,8 +200,9 @@ def _start_and_end(run: Run) -> str:
     if not lines:
         return ""
     note = (
-        f"Held-out numbers are the first and the last evaluation, in brackets the 95 % Wilson interval; all "
-        f"others are means over the first and the last {_AVERAGED} steps (of a short run, over each half)."
+        f"Evaluations (`eval/`, {run.split} problems) are the first and the last, in brackets the 95 % "
+        f"Wilson interval; all others are means over the first and the last {_AVERAGED} steps (of a short "
+        f"run, over each half)."
     )
     head = ["## Start and end", "", "| metric | start | end | what it is |", "|---|--:|--:|---|"]
     return "\n".join([*head, *lines, "", note])
@@ -216,7 +226,7 @@ def _meaning(name: str) -> str:
 
 
 def _milestones(run: Run) -> str:
-    """When held-out accuracy first reached each of a few levels, by step and wall clock."""
+    """When evaluated accuracy first reached each of a few levels, by step and wall clock."""
     steps, values = column(run.rows, "eval/accuracy")
     seconds = figures.elapsed(run.rows)
     lines = []
@@ -227,8 +237,8 @@ def _milestones(run: Run) -> str:
             lines.append(f"| {100 * level:g} % | {int(reached)} | {when} |")
     if not lines:
         return ""
-    head = ["## Time to accuracy", "", "| held-out accuracy | first at step | wall clock |", "|--:|--:|--:|"]
-    return "\n".join([*head, *lines])
+    names = f"| {run.split} accuracy | first at step | wall clock |"
+    return "\n".join(["## Time to accuracy", "", names, "|--:|--:|--:|", *lines])
 
 
 def _time(run: Run, drawn: Mapping[str, Path]) -> str:
@@ -258,7 +268,7 @@ def _picture(run: Run, drawn: Mapping[str, Path], name: str) -> str:
 
 
 def _responses(run: Run) -> str:
-    """The same held-out problems, spread evenly, answered in the first and in the last evaluation."""
+    """The same evaluated problems, spread evenly, answered in the first and in the last evaluation."""
     if not run.evaluations:
         return ""
     first, last = min(run.evaluations), max(run.evaluations)
@@ -273,7 +283,7 @@ def _responses(run: Run) -> str:
     head = [
         "## Responses",
         "",
-        f"{count} of the {len(both)} held-out problems, spread evenly, not chosen; ✓ right, ✗ wrong.",
+        f"{count} of the {len(both)} {run.split} problems, spread evenly, not chosen; ✓ right, ✗ wrong.",
         "",
         f"| problem | answer | step {first} | step {last} |",
         "|---|---|---|---|",

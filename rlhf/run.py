@@ -57,7 +57,9 @@ class Run:
     step: int = 0
     """Rollout steps finished."""
     stopped: bool = False
-    """Whether selection ended the run early for want of groups."""
+    """Whether the run ended early for want of groups or data."""
+    shortages: int = 0
+    """Steps so far that found fewer groups than they wanted."""
     metrics: dict[str, float] = field(default_factory=dict)
     """What the step in progress has measured so far."""
     last_metrics: dict[str, float] = field(default_factory=dict)
@@ -107,6 +109,21 @@ class Run:
     def say(self, sentence: str) -> None:
         """Tell the user something that must not be missed."""
         logger.warning(sentence)
+
+    def say_shortage(self, sentence: str, last: bool) -> None:
+        """Count a step that is short of groups; the first is said, every tenth, and one that ends the run."""
+        self.shortages += 1
+        if self.shortages == 1 or last:
+            self.say(sentence)
+        elif self.shortages % 10 == 0:
+            self.say(f"{self.shortages} of {self.step + 1} steps were short of groups, the last: {sentence}")
+
+    def ran_dry(self, kept: Sequence[Group]) -> bool:
+        """Whether a step kept nothing because the data ran out, as all later ones would; it is said."""
+        dry = not kept and self.cursor.exhausted
+        if dry:
+            self.say(f"The training data ran out (data.epochs={self.config.data.epochs}): the run ends.")
+        return dry
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs beside its configuration. Sampling has no state: seeds are hashes."""

@@ -67,10 +67,12 @@ class ChildEngine:
     The constructor returns at once, so that several engines load at the same time; `wait` (or the first call)
     waits until the model is loaded. One call at a time; different engines may be called from different
     threads. Calls raise `EngineDied` when the process is gone, what the engine raised when that is a
-    builtin exception or one of `rollout`'s, else `EngineError`.
+    builtin exception or one of `rollout`'s, else `EngineError`; a bare `RuntimeError`, which says that
+    something in vLLM or torch failed, is an `EngineError` too.
     """
 
-    def __init__(self, spec: EngineSpec) -> None:
+    def __init__(self, spec: EngineSpec, gpus: Sequence[int] = ()) -> None:
+        """Start the child. `gpus`: numbers of those GPUs of this process that it sees; empty: all of them."""
         self.spec = spec
         self.log_path = Path(spec.log_path or _temporary_log())
         self._temporary = not spec.log_path
@@ -80,7 +82,9 @@ class ChildEngine:
         self._closed = False
         self._lock = threading.Lock()
         # The parent-death signal follows the *thread* that forked: a thread that lasts must do it.
-        self._process, self._connection = _spawner(os.getpid()).submit(_spawn, spec, self.log_path).result()
+        self._process, self._connection = (
+            _spawner(os.getpid()).submit(_spawn, spec, self.log_path, gpus).result()
+        )
         self._finalizer = weakref.finalize(self, _kill, self._process)
 
     @property
@@ -173,7 +177,7 @@ class ChildEngine:
         if succeeded:
             return value
         error, lines = value
-        if isinstance(error, str):
+        if isinstance(error, str) or type(error) is RuntimeError:
             raise EngineError(f"{error}\n\nIn the engine's process {self.pid}:\n{lines}")
         error.add_note(f"In the engine's process {self.pid}:\n{lines}")
         raise error
@@ -198,14 +202,16 @@ def _spawner(pid: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"engine-spawner-{pid}")
 
 
-def _spawn(spec: EngineSpec, log_path: Path) -> tuple[subprocess.Popen[bytes], Connection]:
+def _spawn(
+    spec: EngineSpec, log_path: Path, gpus: Sequence[int]
+) -> tuple[subprocess.Popen[bytes], Connection]:
     ours, theirs = socket.socketpair()
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with ours, theirs, log_path.open("ab") as log:
         process = subprocess.Popen(
             # -P: a module of the working directory must not shadow an installed one.
             [sys.executable, "-P", "-m", "rollout.engine_server", str(theirs.fileno()), str(os.getpid())],
-            env=_environment(spec),
+            env=_environment(spec, gpus),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -217,8 +223,8 @@ def _spawn(spec: EngineSpec, log_path: Path) -> tuple[subprocess.Popen[bytes], C
     return process, connection
 
 
-def _environment(spec: EngineSpec) -> dict[str, str]:
-    """The child's variables: ours without torchrun's, with threads and preloaded libraries of its own."""
+def _environment(spec: EngineSpec, gpus: Sequence[int] = ()) -> dict[str, str]:
+    """The child's variables: ours without torchrun's, with threads, libraries and GPUs of its own."""
     variables = {
         name: value
         for name, value in os.environ.items()
@@ -231,6 +237,9 @@ def _environment(spec: EngineSpec) -> dict[str, str]:
     libraries = preload_libraries() if spec.preload else []
     if libraries:
         variables["LD_PRELOAD"] = ":".join([*libraries, *filter(None, [variables.get("LD_PRELOAD")])])
+    if gpus:
+        ours = [name for name in variables.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        variables["CUDA_VISIBLE_DEVICES"] = ",".join(ours[gpu] if ours else str(gpu) for gpu in gpus)
     return variables
 
 

@@ -104,12 +104,13 @@ def build_engines(
     tokenizer: str = "",
     trust_remote_code: bool = False,
     log_folder: Path | None = None,
+    gpus: Sequence[Sequence[int]] = (),
 ) -> list[Engine]:
     """The engines that `config` asks for, all loading at once, returned when all are ready.
 
     `length` is the most tokens of prompt and response that the run can ask for; `config.max_model_len` wins
-    when it is set. Child engines write to `log_folder/engine-<i>.log`. If one fails to load, all are
-    closed.
+    when it is set. Child engines write to `log_folder/engine-<i>.log` and see only their `gpus`, one list of
+    numbers an engine; nothing given, all that this process sees. If one fails to load, all are closed.
     """
     specs = [
         EngineSpec(
@@ -133,7 +134,7 @@ def build_engines(
     ]
     if config.process is EngineProcess.inprocess:
         return [VllmEngine(specs[0])]
-    engines = [ChildEngine(spec) for spec in specs]
+    engines = [ChildEngine(spec, own) for spec, own in zip(specs, gpus or [()] * len(specs), strict=True)]
     try:
         for engine in engines:
             engine.wait()

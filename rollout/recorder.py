@@ -6,9 +6,6 @@ One row is one trajectory, so that a table tool shows responses side by side; th
 
 from __future__ import annotations
 
-import base64
-import datetime
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rollout import row_json
 from rollout.types import FinishReason, Group, Prompt, Trajectory, VersionSpan
 
 _TOKENS = pa.list_(pa.int32())
@@ -111,7 +109,7 @@ def _row(group: Group, trajectory: Trajectory) -> dict[str, Any]:
         "prompt_token_ids": prompt.token_ids,
         "answer": prompt.answer,
         "source": prompt.source,
-        "row": _encode(prompt),
+        "row": _encoded(prompt),
         "rewards": list(trajectory.rewards.items()),
         "finish_reason": trajectory.finish_reason.value,
         "version_spans": [
@@ -147,7 +145,7 @@ def _empty_group(row: dict[str, Any]) -> Group:
         text=row["prompt_text"],
         answer=row["answer"],
         source=row["source"],
-        row=json.loads(row["row"], object_hook=_decode),
+        row=row_json.decode(row["row"]),
     )
     return Group(id=row["group"], prompt=prompt, trajectories=[], born=row["born"], verdict=row["verdict"])
 
@@ -162,25 +160,8 @@ def _trajectory(row: dict[str, Any]) -> Trajectory:
     )
 
 
-def _encode(prompt: Prompt) -> str:
-    """The data row as JSON; times and bytes, which tables hold and JSON does not, carry a tag."""
-
-    def tagged(value: Any) -> dict[str, str]:
-        if isinstance(value, datetime.datetime):
-            return {"__datetime__": value.isoformat()}
-        if isinstance(value, bytes):
-            return {"__bytes__": base64.b64encode(value).decode()}
-        raise ValueError(
-            f"The data row of prompt '{prompt.id}' holds a {type(value).__name__}, which cannot be recorded: "
-            "turn that column into text or drop it."
-        )
-
-    return json.dumps(prompt.row, default=tagged)
-
-
-def _decode(value: dict[str, Any]) -> Any:
-    if "__datetime__" in value:
-        return datetime.datetime.fromisoformat(value["__datetime__"])
-    if "__bytes__" in value:
-        return base64.b64decode(value["__bytes__"])
-    return value
+def _encoded(prompt: Prompt) -> str:
+    try:
+        return row_json.encode(prompt.row)
+    except ValueError as error:
+        raise ValueError(f"The data row of prompt '{prompt.id}': {error}") from None

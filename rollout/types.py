@@ -80,11 +80,6 @@ class Trajectory:
         """Whether the response was cut at the length limit."""
         return self.finish_reason is FinishReason.LENGTH
 
-    @property
-    def oldest_version(self) -> int:
-        """The oldest weight version that generated any of its tokens."""
-        return min((span.version for span in self.version_spans), default=0)
-
 
 @dataclass(slots=True, kw_only=True)
 class Group:

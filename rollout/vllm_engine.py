@@ -245,10 +245,32 @@ def kv_cache_bytes(spec: EngineSpec) -> int:
             f"The size of the KV cache of {spec.model} cannot be told: its config.json has no {error}. "
             "Set rollout.kv_cache_gib."
         ) from None
-    block = spec.block_size or CPU_BLOCK
-    blocks = spec.max_num_seqs * -(-(spec.max_model_len + 1) // block) + 1
-    size = blocks * block * 2 * layers * heads * head_dim * DTYPE_BYTES[spec.dtype]
-    return min(size, AUTO_KV_LIMIT)
+    token = 2 * layers * heads * head_dim * DTYPE_BYTES[spec.dtype]
+    return automatic_cache_bytes(token, spec.max_num_seqs, spec.max_model_len, spec.block_size)
+
+
+def automatic_cache_bytes(token_bytes: int, sequences: int, length: int, block_size: int = 0) -> int:
+    """Bytes that hold `sequences` of `length` tokens and one more each in whole blocks (0: `CPU_BLOCK`).
+
+    `token_bytes` is what one token takes in all layers. At most `AUTO_KV_LIMIT`.
+    """
+    block = block_size or CPU_BLOCK
+    blocks = sequences * -(-(length + 1) // block) + 1
+    return min(blocks * block * token_bytes, AUTO_KV_LIMIT)
+
+
+def max_positions(folder: str) -> int | None:
+    """Most tokens of a sequence that the model in `folder` was made for; None when it does not say.
+
+    As vLLM counts: linear and dynamic rope scaling stretch `max_position_embeddings`, others are in it.
+    """
+    config = _text_config(folder)
+    limit = config.get("max_position_embeddings")
+    if not isinstance(limit, int):
+        return None
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    stretched = rope.get("rope_type", rope.get("type")) in {"linear", "dynamic"}
+    return int(limit * rope.get("factor", 1.0)) if stretched else limit
 
 
 def _text_config(folder: str) -> dict[str, Any]:
@@ -361,8 +383,19 @@ def _compiled_model_reloads() -> Iterator[None]:
 
 
 def _engine_length(spec: EngineSpec) -> int:
-    """One token more than asked for, where the model allows: scoring generates one that nobody reads."""
-    limit = _text_config(spec.model).get("max_position_embeddings", spec.max_model_len + 1)
+    """One token more than asked for, where the model allows: scoring generates one that nobody reads.
+
+    Raises ValueError when the model takes fewer tokens than asked for.
+    """
+    limit = max_positions(spec.model)
+    if limit is None:
+        return spec.max_model_len + 1
+    if limit < spec.max_model_len:
+        raise ValueError(
+            f"The engine is asked for max_model_len={spec.max_model_len} tokens, but {spec.model} takes at "
+            f"most {limit} (max_position_embeddings in its config.json): lower data.max_prompt_tokens, "
+            "rollout.max_new_tokens or rollout.max_model_len."
+        )
     return min(spec.max_model_len + 1, limit)
 
 

@@ -73,11 +73,21 @@ def engine(tiny_llama: Path) -> Iterator[VllmEngine]:
 
     A test that publishes weights into it must put the first ones back.
     """
+    yield from _engine(tiny_llama, "float32")
+
+
+@pytest.fixture(scope="session")
+def bfloat16_engine(tiny_qwen: Path) -> Iterator[VllmEngine]:
+    """The same on `tiny_qwen` in bfloat16."""
+    yield from _engine(tiny_qwen, "bfloat16")
+
+
+def _engine(model: Path, dtype: str) -> Iterator[VllmEngine]:
     from rollout.vllm_engine import EngineSpec, VllmEngine
 
     spec = EngineSpec(
-        model=str(tiny_llama),
-        dtype="float32",
+        model=str(model),
+        dtype=dtype,
         max_model_len=256,
         max_num_seqs=32,
         kv_cache_bytes=64 << 20,

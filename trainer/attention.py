@@ -173,8 +173,16 @@ AttentionInterface.register(ATTENTION_NAME, packed_attention)
 def _block_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, scale: float
 ) -> Tensor:
-    """`[N, Hq, D]` attention on CPU, block by block."""
+    """`[N, Hq, D]` attention on CPU, block by block.
+
+    Raises ValueError for values that are wider or narrower than keys.
+    """
     tokens, heads, width = query.shape
+    if value.shape[-1] != width:
+        raise ValueError(
+            f"Packed attention does not know values of {value.shape[-1]} dimensions beside keys of {width}: "
+            "set learner.share_prompts=false."
+        )
     kv_heads = key.shape[1]
     rows = layout.rows_of(kv_heads)
     query = query.reshape(tokens * kv_heads, -1)

@@ -120,6 +120,11 @@ class Learner:
         """The rate of the current rollout step."""
         return self.config.optimizer.lr * lr_factor(self.config.schedule, self.rollout_step, self.total_steps)
 
+    @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter is trained, a fresh one or one that is continued, and the model is frozen."""
+        return self._lora is not None
+
     def update(self, minibatches: Sequence[Sequence[Row]]) -> list[dict[str, float]]:
         """One optimizer step a mini-batch, in order; metrics of each.
 
@@ -243,11 +248,11 @@ class Learner:
         return self._lora.merge_gap(dtype or self.dtype, self._adapter_masters())
 
     def save(self, folder: Path, tokenizer: Any) -> None:
-        """Write a Hugging Face folder with merged weights; under LoRA also `folder/adapter`."""
+        """Write a Hugging Face folder with merged weights; under LoRA also `folder/adapter`, in float32."""
         save_model(self.policy.model, self.weights(), folder)
         tokenizer.save_pretrained(folder)
         if self._lora is not None:
-            self._lora.save(folder / "adapter")
+            self._lora.save(folder / "adapter", self._adapter_masters())
 
     def state_dict(self) -> dict[str, Any]:
         """Trained weights in float32, optimizer, counters: what a resumed learner needs beside its model."""

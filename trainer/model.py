@@ -85,15 +85,21 @@ def hub_names(model: PreTrainedModel, weights: Iterable[tuple[str, Tensor]]) -> 
 
 
 def save_model(model: PreTrainedModel, weights: Iterable[tuple[str, Tensor]], folder: Path) -> None:
-    """Write a Hugging Face folder (without tokenizer) of `model`'s kind with `weights`."""
+    """Write a Hugging Face folder (without tokenizer) of `model`'s kind with `weights`, the weights first.
+
+    The generation config is written as it came: transformers refuses to save some that it loads (a
+    temperature beside `do_sample=false`), and training does not depend on it.
+    """
     from huggingface_hub import save_torch_state_dict
 
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in weights}
+    save_torch_state_dict(state, folder, metadata={"format": "pt"})
     config = type(model.config).from_dict(model.config.to_dict())
     config.dtype = next(iter(state.values())).dtype
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
     if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
-    save_torch_state_dict(state, folder, metadata={"format": "pt"})
+        model.generation_config.to_json_file(
+            folder / "generation_config.json", keys_to_pop=["compile_config"]
+        )

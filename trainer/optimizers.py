@@ -69,8 +69,24 @@ def _adamw(config: OptimizerConfig, parameters: NamedParameters) -> list[Optimiz
     return [torch.optim.AdamW(groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True)]
 
 
+class _DecoupledSgd(torch.optim.SGD):
+    """SGD whose weights shrink by `lr * decay` before each step; torch's own decay goes into the momentum."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Shrink what has a gradient, then step."""
+        for group in self.param_groups:
+            moving = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if group["decay"] and moving:
+                torch._foreach_mul_(moving, 1 - group["lr"] * group["decay"])
+        return super().step(closure)
+
+
 def _sgd(config: OptimizerConfig, parameters: NamedParameters) -> list[Optimizer]:
-    return [torch.optim.SGD(_groups(config, parameters), lr=config.lr, momentum=config.betas[0], fused=True)]
+    groups = [
+        {"params": group["params"], "decay": group["weight_decay"]} for group in _groups(config, parameters)
+    ]
+    return [_DecoupledSgd(groups, lr=config.lr, momentum=config.betas[0], fused=True)]
 
 
 def _muon(config: OptimizerConfig, parameters: NamedParameters) -> list[Optimizer]:

@@ -167,7 +167,7 @@ class Policy(nn.Module):
         try:
             self.model.set_attn_implementation(ATTENTION_NAME)
             agrees = self._agrees(expected, layout)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RuntimeError) as error:
             return False, f"{name} does not run on packed attention ({error})"
         routed = layout.calls == self.model.config.num_hidden_layers
         return agrees and routed, f"{name} does not route its attention through transformers' interface"

@@ -22,12 +22,8 @@ class TokenWeights:
 
     weights: list[list[float]]
     """One list a response, one number a token; zero where the mask is."""
-    tokens: int
-    """Tokens that are learned from."""
-    responses: int
-    """Responses with at least one such token: the `|B|` of the denominators."""
     empty_responses: int
-    """Responses without any. They count neither above nor below the fraction line."""
+    """Responses without a token to learn from. They count neither above nor below the fraction line."""
 
 
 def token_weights(
@@ -40,7 +36,7 @@ def token_weights(
 
     masks: one a response, True on tokens to learn from. groups: the group of each response. max_tokens:
     the response limit `L`, used by seq_mean_token_sum_norm only. A mini-batch without a token to learn
-    from gives zeros and `tokens == 0`. Raises ValueError when a length or the limit is missing.
+    from gives zeros. Raises ValueError when a length or the limit is missing.
     """
     if len(masks) != len(groups):
         raise ValueError(f"{len(masks)} masks for {len(groups)} groups: one of each a response.")
@@ -51,12 +47,9 @@ def token_weights(
         )
     lengths = [sum(map(bool, mask)) for mask in masks]
     shares = _shares(lengths, groups, mode, max_tokens)
-    filled = sum(length > 0 for length in lengths)
     return TokenWeights(
         weights=[[share if token else 0.0 for token in mask] for share, mask in zip(shares, masks)],
-        tokens=sum(lengths),
-        responses=filled,
-        empty_responses=len(lengths) - filled,
+        empty_responses=lengths.count(0),
     )
 
 

@@ -60,7 +60,7 @@ class PolicyLoss:
             loss = loss + config.kl.coefficient * _reference_kl(config, tokens)
         meter = _Meter()
         with torch.no_grad():
-            _policy_metrics(meter, config, tokens, ratio, loss)
+            _policy_metrics(meter, config, tokens, ratio)
             _mismatch_metrics(meter, tokens, gap, weights, bounded)
         total = (loss * tokens.token_weights).sum()
         return LossOutput(loss=total, sums=meter.sums, counts=meter.counts, maxima=meter.maxima)
@@ -156,7 +156,6 @@ def _policy_metrics(
     config: AlgorithmConfig,
     tokens: LossInputs,
     ratio: torch.Tensor,
-    loss: torch.Tensor,
 ) -> None:
     """What the update does: ratio, where the clip binds, distance moved, entropy."""
     low, high, dual = clipped_tokens(config, ratio, tokens.advantages)
@@ -172,7 +171,6 @@ def _policy_metrics(
     meter.mean("policy/kl_old_k3", moved.exp() - moved - 1)
     meter.mean("policy/entropy", tokens.entropy)
     meter.mean("policy/token_prob", probability)
-    meter.mean("policy/nonfinite", ~torch.isfinite(loss))
     if tokens.reference_logprobs is not None:
         reference = kl.estimate(tokens.logprobs, tokens.reference_logprobs, config.kl.estimator)
         meter.mean("policy/kl_reference", reference)

@@ -26,20 +26,19 @@ def penalty(length: int, limit: int, buffer: int, factor: float = 1.0) -> float:
     return -factor * min(max(over / buffer, 0.0), 1.0)
 
 
-def shape_rewards(groups: Iterable[Group], config: OverlongConfig, limit: int) -> int:
-    """Add the penalty to every trajectory's `rewards["overlong"]` and `reward`; count those that got one.
+def shape_rewards(groups: Iterable[Group], config: OverlongConfig, limit: int) -> None:
+    """Add the penalty to every trajectory's `rewards["overlong"]` and `reward`.
 
     To be called once a group, after scoring. Raises ValueError when a group was shaped before or the
     buffer is longer than the limit.
     """
     if config.buffer == 0:
-        return 0
+        return
     if config.buffer > limit:
         raise ValueError(
             f"algorithm.overlong.buffer={config.buffer} is longer than the response limit of {limit} tokens: "
             "lower the buffer or raise rollout.max_new_tokens."
         )
-    penalized = 0
     for group in groups:
         for trajectory in group.trajectories:
             if PART in trajectory.rewards:
@@ -47,8 +46,6 @@ def shape_rewards(groups: Iterable[Group], config: OverlongConfig, limit: int) -
             part = penalty(len(trajectory.response_ids), limit, config.buffer, config.penalty_factor)
             trajectory.rewards[PART] = part
             trajectory.reward += part
-            penalized += part < 0
-    return penalized
 
 
 def learn_mask(trajectory: Trajectory, mask_truncated: bool) -> list[bool]:

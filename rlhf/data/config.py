@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 from rlhf.errors import UserError
@@ -13,6 +14,7 @@ FIELD_NAMES = ("prompt", "answer", "answer_after", "id")
 TASK_NAMES = ("sums", "products")
 REASONING_GYM = "reasoning_gym:"
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
+PARQUET_SUFFIX = ".parquet"
 ROWS = "rows"
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
@@ -21,7 +23,7 @@ class SourceKind(StrEnum):
     """What a source is read from."""
 
     auto = "auto"
-    """Seen from the path: a task name, the suffix, or a hub id."""
+    """Seen from the path: a task name, the suffix, a folder of files that lies here, or a hub id."""
     task = "task"
     """Made here: `sums`, `products` or `reasoning_gym:<name>`."""
     jsonl = "jsonl"
@@ -88,7 +90,8 @@ class DataConfig:
     """Prompts, answers, splits and the order in which they are drawn."""
 
     path: str = ""
-    """One source in short: a task, a `.jsonl` or `.parquet` file, or a hub id. Replaces `data.sources`."""
+    """One source in short: a task, a `.jsonl` or `.parquet` file, a folder of them, or a hub id. Replaces
+    `data.sources`."""
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     """Sources by name; the name routes the reward and is shown in the metrics."""
     fields: dict[str, str] = field(default_factory=lambda: {"prompt": "prompt", "answer": "answer"})
@@ -112,7 +115,7 @@ class DataConfig:
     """Passes over the training rows before data run out; 0 never ends. At least 0."""
 
     def check(self) -> list[str]:
-        """Sentences about values that cannot work, without touching disk or network."""
+        """Sentences about values that cannot work; of the disk, only whether a path is a folder is asked."""
         found = [
             f"data.{name}={value} must be at least {least}: raise it."
             for name, value, least in [
@@ -176,19 +179,35 @@ def infer_kind(path: str, key: str) -> SourceKind:
         return SourceKind.task
     if path.endswith(JSONL_SUFFIXES):
         return SourceKind.jsonl
-    if path.endswith(".parquet"):
+    if path.endswith(PARQUET_SUFFIX):
         return SourceKind.parquet
+    if Path(path).expanduser().is_dir():
+        return _kind_of_folder(path, key)
     if _HUB_ID.match(path) and not path.startswith("."):
         return SourceKind.hub
     raise UserError(
         f"{key}={path} is neither a task ({', '.join(TASK_NAMES)}, {REASONING_GYM}<name>), a .jsonl or "
-        f".parquet file, nor a hub id (owner/name): correct it."
+        f".parquet file, a folder of them, nor a hub id (owner/name): correct it."
     )
 
 
+def _kind_of_folder(path: str, key: str) -> SourceKind:
+    """What the files in a folder are; of one kind, or which are meant cannot be seen."""
+    suffixes = {file.suffix for file in Path(path).expanduser().iterdir()}
+    kinds = [SourceKind.jsonl] if suffixes & set(JSONL_SUFFIXES) else []
+    kinds += [SourceKind.parquet] if PARQUET_SUFFIX in suffixes else []
+    if len(kinds) == 1:
+        return kinds[0]
+    if kinds:
+        raise UserError(f"{key}={path} holds .jsonl and .parquet files: name a pattern, {path}/*.jsonl.")
+    raise UserError(f"{key}={path} is a folder without .jsonl or .parquet files: name one that has them.")
+
+
 def short_name(path: str) -> str:
-    """The name of a source that is given by path alone: the file's stem, the task or the hub id."""
-    name = path.rpartition("/")[2] if path.endswith((*JSONL_SUFFIXES, ".parquet")) else path
-    for suffix in (*JSONL_SUFFIXES, ".parquet"):
+    """The name of a source given by path alone: a file's stem, a folder's name, the task or the hub id."""
+    suffixes = (*JSONL_SUFFIXES, PARQUET_SUFFIX)
+    local = path.endswith((*suffixes, "/")) or path.startswith((".", "/", "~"))
+    name = path.rstrip("/").rpartition("/")[2] if local else path
+    for suffix in suffixes:
         name = name.removesuffix(suffix)
     return name.replace("*", "all")

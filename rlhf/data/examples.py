@@ -37,6 +37,14 @@ def same_text(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
+TEXT = "text:"
+
+
+def text_key(example: Example) -> str:
+    """The key of a problem that is known by its text alone."""
+    return TEXT + same_text(example.text)
+
+
 def rank(key: str) -> bytes:
     """A fixed pseudo-random place of a problem in the order that splits are cut from.
 

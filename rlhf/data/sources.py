@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.data.config import JSONL_SUFFIXES, SourceConfig, SourceKind
-from rlhf.data.examples import Example, Message, same_text
+from rlhf.data.config import JSONL_SUFFIXES, PARQUET_SUFFIX, SourceConfig, SourceKind
+from rlhf.data.examples import Example, Message, text_key
 from rlhf.data.tasks import build_task
 from rlhf.errors import UserError
 from rlhf.hub import hub_reachable, why_offline
@@ -62,7 +62,7 @@ def _read(kind: SourceKind, source: SourceConfig, place: _Place, rows: Iterable[
     if kind is SourceKind.jsonl:
         return _cut(_read_jsonl(_files(source.path, JSONL_SUFFIXES, place)), source.split, place)
     if kind is SourceKind.parquet:
-        return _read_parquet(_files(source.path, (".parquet",), place), source, place)
+        return _read_parquet(_files(source.path, (PARQUET_SUFFIX,), place), source, place)
     if kind is SourceKind.hub:
         return _read_hub(source, place)
     if rows is None:
@@ -210,7 +210,7 @@ def _examples(rows: Iterable[Row], fields: Mapping[str, str], place: _Place) -> 
             key="",
             row=dict(row),
         )
-        example.key = f"text:{same_text(example.text)}"
+        example.key = text_key(example)
         yield example
 
 

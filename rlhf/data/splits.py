@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf.data.config import ROWS, DataConfig, SourceConfig, SourceKind, SourceUse
-from rlhf.data.examples import Example, rank
+from rlhf.data.examples import TEXT, Example, rank, text_key
 from rlhf.data.sources import read_source
 from rlhf.errors import UserError
+from rollout import row_json
 
 
 @dataclass(slots=True)
@@ -61,7 +62,8 @@ def load_splits(config: DataConfig, rows: Iterable[Mapping[str, Any]] | None = N
     """Read every source and cut the splits. `rows`, given in Python, replace the configured sources.
 
     Which problems are held out depends on the problems alone (`rank`), not on the seed of the run.
-    Raises `UserError` when there is no source or too few rows.
+    Raises `UserError` when there is no source or too few rows, when two rows of a source have one id, or a
+    training row holds what rollouts cannot record.
     """
     sources = _sources(config, rows)
     given = list(rows) if rows is not None else None
@@ -75,6 +77,8 @@ def load_splits(config: DataConfig, rows: Iterable[Mapping[str, Any]] | None = N
             raise UserError(
                 f"{'dataset' if source.kind is SourceKind.rows else f'{key}={source.path}'} has no rows."
             )
+        _check_ids(name, pools[name], sources[name].fields.get("id") or config.fields.get("id", ""))
+    _join_problems(pools)
     taken: set[str] = set()
     heldout = _cut("heldout", config.heldout, sources, pools, taken)
     validation = _cut("validation", config.validation, sources, pools, taken)
@@ -85,6 +89,7 @@ def load_splits(config: DataConfig, rows: Iterable[Mapping[str, Any]] | None = N
             f"lower them or add data."
         )
     for name, pool in train.items():
+        _check_recordable(pool)
         evaluated = sum(example.source == name for example in heldout + validation)
         counts[name].withheld = len(pools[name]) - len(pool) - evaluated
     weights = {name: sources[name].weight for name in train}
@@ -117,6 +122,53 @@ def _deduplicated(examples: Iterable[Example], count: SourceCount, wanted: bool)
         first[text] = example.answer
         kept.append(example)
     return kept
+
+
+def _check_ids(source: str, pool: Sequence[Example], field: str) -> None:
+    """Rows are told apart by their ids; only a column of the data can repeat one."""
+    seen: set[str] = set()
+    for example in pool:
+        if example.id in seen:
+            row = example.id.removeprefix(f"{source}:")
+            raise UserError(
+                f"data.fields.id={field} names two rows of {source} '{row}': "
+                f"name a column without repeats, or leave it out and rows are numbered."
+            )
+        seen.add(example.id)
+
+
+def _check_recordable(pool: Sequence[Example]) -> None:
+    """Every column of a row that is trained on is recorded beside its responses."""
+    for example in pool:
+        try:
+            row_json.encode(example.row)
+        except ValueError as error:
+            raise UserError(f"the row {example.id}: {error}") from None
+
+
+def _join_problems(pools: Mapping[str, Sequence[Example]]) -> None:
+    """Give rows that ask one problem one key, also where a task knows it by its operands and a file by text.
+
+    A task's key wins, of two tasks' the smaller: which problems are held out stays a matter of the problems.
+    """
+    parents: dict[str, str] = {}
+
+    def root(key: str) -> str:
+        while key in parents:
+            key = parents[key]
+        return key
+
+    keyed = [example for pool in pools.values() for example in pool if not example.key.startswith(TEXT)]
+    for example in keyed:
+        first, *others = sorted({root(example.key), root(text_key(example))}, key=_precedence)
+        parents |= dict.fromkeys(others, first)
+    for pool in pools.values():
+        for example in pool:
+            example.key = root(example.key)
+
+
+def _precedence(key: str) -> tuple[bool, str]:
+    return key.startswith(TEXT), key
 
 
 def _cut(

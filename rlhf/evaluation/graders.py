@@ -9,16 +9,21 @@ from rlhf.rewards.grade import Response
 from rollout.types import FinishReason, Prompt, Trajectory
 
 INTEGER_KINDS = (exact.KIND.name, dapo_math.KIND.name)
-"""Kinds whose answers are integers, so that a mention of the answer can be looked for."""
+"""Kinds that grade integers, so that a mention of the answer can be looked for."""
 
 
 def second_opinions(config: RewardConfig) -> dict[str, Grader]:
-    """`any_mention` where answers are integers: what the model knows, whatever form it answers in."""
+    """`any_mention` beside a grader of integers: what the model knows, whatever form it answers in.
+
+    It has no opinion on a problem whose answer is none, so `evaluate` reports it for integers alone.
+    """
     integers = any(part.kind in INTEGER_KINDS for part in config.parts.values())
     return {"any_mention": _any_mention} if integers else {}
 
 
-def _any_mention(prompt: Prompt, trajectory: Trajectory) -> float:
+def _any_mention(prompt: Prompt, trajectory: Trajectory) -> float | None:
+    if prompt.answer is None or exact.integer(prompt.answer) is None:
+        return None
     response = Response(
         text=trajectory.text,
         finished=trajectory.finish_reason is FinishReason.STOP,

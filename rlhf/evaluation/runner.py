@@ -26,8 +26,9 @@ Generate = Callable[[Sequence[Prompt], Sampling], list[Group]]
 """One group of one trajectory a prompt, in order."""
 Score = Callable[[list[Group]], Any]
 """Fills rewards, accuracy, extracted and grade status of every trajectory (`Scorer.score`)."""
-Grader = Callable[[Prompt, Trajectory], float]
-"""A second opinion in [0, 1] on a scored response."""
+Grader = Callable[[Prompt, Trajectory], float | None]
+"""A second opinion in [0, 1] on a scored response; None for a problem that it cannot judge, whatever the
+response."""
 
 _GRADED = ("ok", "no_answer")
 
@@ -43,7 +44,7 @@ class Problem:
     extracted: str | None
     accuracy: float
     grades: dict[str, float]
-    """Verdicts of the further graders, `format` among them."""
+    """Verdicts of the further graders that can judge it, `format` among them."""
     reward: float
     rewards: dict[str, float]
     """Reward parts before their weights."""
@@ -64,7 +65,7 @@ class Evaluation:
     seconds: float
     confidence: float = 0.95
     names: list[str] = field(default_factory=list)
-    """Names of the further graders."""
+    """Names of the further graders that judge every problem."""
 
     @property
     def accuracy(self) -> float:
@@ -142,8 +143,9 @@ def evaluate(
 ) -> Evaluation:
     """Answer every prompt once and grade the answers.
 
-    `graders` adds verdicts by name, reported as `eval/<name>`. `format` is among them unless given: the
-    response ended by itself and an answer could be read from it. Raises `ValueError` when there are no
+    `graders` adds verdicts by name, reported as `eval/<name>` when the grader can judge every problem.
+    `format` is among them unless given: the response ended by itself and an answer could be read from it.
+    Raises `ValueError` when there are no
     prompts, or when `generate` does not return one group of one trajectory a prompt, in order.
     """
     if not prompts:
@@ -160,7 +162,7 @@ def evaluate(
         sampling=sampling,
         seconds=time.perf_counter() - started,
         confidence=confidence,
-        names=list(opinions),
+        names=[name for name in opinions if all(name in problem.grades for problem in problems)],
     )
 
 
@@ -178,6 +180,7 @@ def steps(folder: Path) -> dict[int, Path]:
 def _problem(group: Group, opinions: Mapping[str, Grader]) -> Problem:
     prompt, response = group.prompt, group.trajectories[0]
     aborted = response.finish_reason is FinishReason.ABORT
+    verdicts = {name: grade(prompt, response) for name, grade in opinions.items()}
     return Problem(
         id=prompt.id,
         prompt=prompt.text,
@@ -185,7 +188,7 @@ def _problem(group: Group, opinions: Mapping[str, Grader]) -> Problem:
         response=response.text,
         extracted=response.extracted,
         accuracy=0.0 if aborted else response.accuracy,
-        grades={name: 0.0 if aborted else float(grade(prompt, response)) for name, grade in opinions.items()},
+        grades={n: 0.0 if aborted else float(v) for n, v in verdicts.items() if v is not None},
         reward=response.reward,
         rewards=dict(response.rewards),
         status=response.grade_status,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +29,7 @@ from rlhf.rewards.grade import (
     build_spec,
     failed,
     find_kind,
-    mean_and_spread,
+    nearest,
 )
 from rlhf.rewards.sandbox import Job, Outcome, SandboxError, WorkerPool
 from rollout.types import FinishReason, Group, Prompt, Trajectory
@@ -53,31 +52,21 @@ class ScoreReport:
 
     statuses: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     """Part -> status -> responses."""
-    values: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """Raw part -> its values, over the responses that it applies to."""
-    errors: dict[str, str] = field(default_factory=dict)
-    """Part -> what its first failed answer said."""
-    graders: dict[str, str] = field(default_factory=dict)
-    """Part -> `grader@version` or the function's path."""
     replaced_workers: int = 0
-    """Grading processes killed or died in this call."""
-    seconds: float = 0.0
-
-    def metrics(self) -> dict[str, float]:
-        """`reward/<part>_mean|_std`, `reward/<part>_<status>` (counts, without `ok`), `time/reward` [s]."""
-        found: dict[str, float] = {"time/reward": self.seconds}
-        for name, values in self.values.items():
-            found[f"reward/{name}_mean"], found[f"reward/{name}_std"] = mean_and_spread(values)
-        return found | self.failures()
+    """Grading processes that were killed or died in this call."""
 
     def failures(self) -> dict[str, float]:
-        """`reward/<part>_<status>`: responses without a proper verdict, by part. Counts, so calls add up."""
+        """`reward/<part>_<status>`: responses without a proper verdict, by part; `reward/replaced_workers`.
+
+        Counts, so calls add up.
+        """
         statuses = (Status.no_answer, Status.gold_unparsable, Status.timeout, Status.error)
-        return {
+        found = {
             f"reward/{part}_{status}": float(counts[status])
             for part, counts in self.statuses.items()
             for status in statuses
         }
+        return found | {"reward/replaced_workers": float(self.replaced_workers)}
 
 
 class Part(Protocol):
@@ -123,7 +112,22 @@ class Scorer:
         self._warned: set[str] = set()
 
     def check_sources(self, names: Collection[str]) -> None:
-        """Raise `UserError` for a data source that no part grades: graders never change silently."""
+        """Compare the parts with `names`, every data source of the run: graders never change silently.
+
+        Raises `UserError` for a source that no part grades, and for a part that lists an unknown one.
+        """
+        known = sorted(names)
+        for part in self._parts:
+            for name in part.config.sources:
+                if name not in known:
+                    raise UserError(
+                        f"reward.parts.{part.name}.sources lists {name!r}, which no data source is called"
+                        f"{nearest(name, known)}"
+                    )
+        self.check_graded(names)
+
+    def check_graded(self, names: Collection[str]) -> None:
+        """Raise `UserError` for one of these data sources that no part grades."""
         for name in names:
             if self._decider(name) is None:
                 remedy = (
@@ -145,27 +149,25 @@ class Scorer:
     def score(self, groups: Sequence[Group]) -> ScoreReport:
         """Fill `rewards`, `reward`, `accuracy`, `extracted` and `grade_status` of every trajectory.
 
-        `reward` is the weighted sum of the parts. A grader that hangs or crashes scores a failure, is counted
-        in the report and leaves the other answers alone. Raises `UserError` for an ungraded source or a
-        function that does not keep its contract.
+        `reward` is the weighted sum of the parts. In the workers (`math_verify`, `format`, `sandbox: true`)
+        a grader that hangs or crashes scores a failure, is counted and leaves the other answers alone. Raises
+        `UserError` for an ungraded source or a function that does not keep its contract.
         """
-        began = time.perf_counter()
         samples = [
             Sample(group.prompt, trajectory, _view(trajectory))
             for group in groups
             for trajectory in group.trajectories
         ]
-        self.check_sources(sorted({sample.prompt.source for sample in samples}))
+        self.check_graded(sorted({sample.prompt.source for sample in samples}))
         for sample in samples:
             _reset(sample.trajectory)
-        report = ScoreReport(graders=self.graders())
+        report = ScoreReport()
         replaced = self._pool.replaced if self._pool else 0
         for part in self._parts:
             covered = [sample for sample in samples if _covers(part.config, sample.prompt.source)]
             if covered:
                 self._apply(part, covered, report)
         report.replaced_workers = (self._pool.replaced if self._pool else 0) - replaced
-        report.seconds = time.perf_counter() - began
         return report
 
     def close(self) -> None:
@@ -189,18 +191,14 @@ class Scorer:
             trajectory.reward += part.config.weight * sum(score.values.values())
             report.statuses[part.name][score.status] += 1
             if message:
-                self._note(part, message, report)
-            for name, value in score.values.items():
-                report.values[name].append(value)
+                self._warn_once(part, message)
             if self._decider(sample.prompt.source) == part.name:
                 trajectory.accuracy = _accuracy(part, score)
                 trajectory.extracted = score.extracted
                 trajectory.grade_status = str(score.status)
 
-    def _note(self, part: Part, message: str, report: ScoreReport) -> None:
-        """Keep a part's first failure of the round; say the first of the run aloud (the rest is counted)."""
-        if part.name not in report.errors:
-            report.errors[part.name] = message
+    def _warn_once(self, part: Part, message: str) -> None:
+        """Say a part's first failure of the run aloud; the rest is counted."""
         if part.name not in self._warned:
             self._warned.add(part.name)
             logger.warning("reward.parts.%s: an answer could not be graded: %s", part.name, message)

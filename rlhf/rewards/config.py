@@ -35,7 +35,7 @@ class RewardPartConfig:
     """For kind `function`: `module:function`, importable from the working directory. Empty when the function
     is given in Python (`rlhf.train(..., reward=fn)`)."""
     sandbox: bool = False
-    """Run it in the killable workers, one response at a time. `math_verify` always does."""
+    """Run it in the killable workers, one response at a time. `math_verify` and `format` always do."""
 
     def check(self, key: str) -> list[str]:
         """Sentences about impossible values; `key` is the part's full key."""

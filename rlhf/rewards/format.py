@@ -14,8 +14,8 @@ class FormatSpec:
 
     pattern: str = ""
     r"""Regular expression that the whole response, surrounding blanks aside, must match; `.` matches line
-    breaks too. Example: `.*\nAnswer: -?\d+`. Set `sandbox: true` on the part if the pattern may run away on
-    hostile text (nested repetition)."""
+    breaks too. Example: `.*\nAnswer: -?\d+`. It runs in the killable workers: nested repetition can run
+    away on hostile text."""
     must_end: bool = False
     """Whether a truncated response fails."""
 
@@ -38,4 +38,4 @@ def grade(response: Response, gold: str | None, spec: FormatSpec) -> Grade:
     return Grade(accuracy=0.0, grader=KIND.label, status=Status.no_answer)
 
 
-KIND = register(Kind(name="format", version=1, spec=FormatSpec, grade=grade, grading=False))
+KIND = register(Kind(name="format", version=1, spec=FormatSpec, grade=grade, grading=False, isolated=True))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from enum import StrEnum
@@ -159,11 +158,3 @@ def graded_job(module: str, name: str, spec: Any) -> Callable[[tuple[Response, s
         return {"accuracy": verdict.accuracy, "extracted": verdict.extracted, "status": verdict.status}
 
     return run
-
-
-def mean_and_spread(values: list[float]) -> tuple[float, float]:
-    """Mean and population standard deviation; (0, 0) of nothing."""
-    if not values:
-        return 0.0, 0.0
-    mean = math.fsum(values) / len(values)
-    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))

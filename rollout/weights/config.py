@@ -43,7 +43,8 @@ class WeightsConfig:
     unseen."""
     tolerance: float = 0.0
     """Largest mean |learner - engine| log-prob on the probe, in nats; beyond it the run stops. 0 takes what
-    the engine's number format allows: 1e-4 in float32, 0.2 in bfloat16, 0.03 in float16."""
+    the coarser of the learner's and the engine's number formats allows: 1e-4 in float32, 0.2 in bfloat16,
+    0.03 in float16."""
 
     def check(self) -> list[str]:
         """Sentences about values that cannot work, empty when all can."""
@@ -74,6 +75,6 @@ class WeightsConfig:
             )
         return fitting
 
-    def limit(self, dtype: str) -> float:
-        """`tolerance`, or the number format's own."""
-        return self.tolerance or TOLERANCES[dtype]
+    def limit(self, *dtypes: str) -> float:
+        """`tolerance`, or what the coarsest of the number formats allows that log-probs are computed in."""
+        return self.tolerance or max(TOLERANCES[dtype] for dtype in dtypes)

@@ -93,19 +93,15 @@ class Installer:
             found += missing or self._mismatches(unit, parameter, placed)
         return found
 
-    def install(self, tensors: Mapping[str, Tensor], unchanged: frozenset[str] = frozenset()) -> int:
-        """Install every unit, save those made of `unchanged` tensors only; returns how many were left out.
+    def install(self, tensors: Mapping[str, Tensor], unchanged: frozenset[str] = frozenset()) -> None:
+        """Install every unit, save those made of `unchanged` tensors only.
 
         `problems` must have found none for these names.
         """
-        skipped = 0
         with torch.no_grad():
             for unit in self._units.values():
-                if unchanged.issuperset(unit.names):
-                    skipped += 1
-                else:
+                if not unchanged.issuperset(unit.names):
                     _install(unit, tensors)
-        return skipped
 
     def read_back(self, tensors: Mapping[str, Tensor], manifest: Manifest) -> list[Proof]:
         """Read a band of every published matrix (and all of every vector) out of the live model.

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 Scores = list[list[float]]
 
+LENGTH = 48
+"""Most tokens of a probe sequence."""
+
 MOVED_SHARE = 0.5
 """Share of the learner's log-probs that must have changed before an engine's may not stand still."""
 
@@ -25,17 +28,22 @@ class Gap:
 
 
 def probe_sequences(
-    prompts: Sequence[Sequence[int]], vocabulary: int, *, count: int = 2, length: int = 48, seed: int = 0
+    prompts: Sequence[Sequence[int]], vocabulary: int, *, count: int = 2, length: int = LENGTH, seed: int = 0
 ) -> list[list[int]]:
     """The first `count` prompts, cut to `length` tokens, and `count` sequences of `length` random tokens.
 
     Prompts are where log-probs matter; random tokens, below `vocabulary`, read many rows of the embedding.
     The same arguments give the same probe. It is small, for prompt log-probs cost an engine more than
-    generating does.
+    generating does. `length` may not exceed what the engine can score, see `probe_length`.
     """
     generator = random.Random(seed)
     drawn = [[generator.randrange(vocabulary) for _ in range(length)] for _ in range(count)]
     return [list(prompt[:length]) for prompt in prompts[:count] if len(prompt) > 1] + drawn
+
+
+def probe_length(max_model_len: int) -> int:
+    """Tokens of a probe sequence for an engine of `max_model_len` tokens: scoring makes one more."""
+    return max(2, min(LENGTH, max_model_len - 1))
 
 
 def gap(engine: Scores, learner: Scores) -> Gap:

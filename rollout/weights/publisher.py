@@ -5,8 +5,8 @@ What is checked, in this order:
 1. the source: no tensor under another's name, none left from before the update (`rollout.weights.watch`);
 2. the transfer: names, shapes, formats and a hash of every tensor, before the engine installs any (`shm`);
 3. the installation: a part of every tensor read back out of the live model (`rollout.weights.proof`, `shm`);
-4. the result: learner and engine score a fixed probe; the gap is within the number format's tolerance, and
-   an engine whose learner moved has moved too.
+4. the result: learner and engine score a fixed probe; the gap is within the tolerance of the coarser of their
+   number formats, and an engine whose learner moved has moved too.
 """
 
 from __future__ import annotations
@@ -39,11 +39,8 @@ class PublishReport:
     version: int
     size: int
     """Bytes transferred."""
-    tensors: int
     unchanged: int
     """Tensors that did not change since the last version, as far as is remembered."""
-    skipped: int
-    """Engine modules left as they were, because nothing in them changed."""
     read_back: int
     """Places in the first engine's live model that were read back; 0 where the transport cannot."""
     gap_mean: float
@@ -57,6 +54,8 @@ class PublishReport:
         values = {
             "weights/version": float(self.version),
             "weights/bytes": float(self.size),
+            "weights/unchanged": float(self.unchanged),
+            "weights/read_back": float(self.read_back),
             "weights/probe_gap_mean": self.gap_mean,
             "weights/probe_gap_max": self.gap_max,
         }
@@ -86,6 +85,7 @@ class Publisher:
         tensor_parallel: int = 1,
         frozen: Collection[str] | None = None,
         folder: Path | None = None,
+        learner_dtype: str = "",
     ) -> None:
         """`engines` must have been built with the transport that `config.resolve` names.
 
@@ -97,6 +97,7 @@ class Publisher:
             tensor_parallel: GPUs of one engine.
             frozen: Hugging Face names of tensors that training never changes; None when not known.
             folder: takes the transfer's file where memory is refused.
+            learner_dtype: the number format in which the learner computes log-probs; empty for the engines'.
 
         Raises ValueError when there is no engine, no probe, or a transport that does not fit.
         """
@@ -108,19 +109,16 @@ class Publisher:
         transport = config.resolve(on_gpu=on_gpu, shares_gpu=shares_gpu)
         self._sender = _sender(self._engines, config, transport, tensor_parallel, folder)
         self._watch = SourceWatch(frozen)
+        self._learner_dtype = learner_dtype
         self._last: _Probed | None = None
         self.version = max(engine.weight_version for engine in engines)
         """The version in force."""
 
-    def start(self, source: WeightSource, score: Score) -> PublishReport:
-        """Before training: send the learner's weights, which are also the engines', as the first version.
-
-        Proves the channel while nothing has changed, and gives later publishes something to compare with.
-        """
-        return self.publish(source, score)
-
     def publish(self, source: WeightSource, score: Score) -> PublishReport:
         """Send the next version to every engine; on return it is installed everywhere and proven.
+
+        The first one, before training, sends what the engines have already: it proves the channel while
+        nothing has changed, and gives later ones something to compare with.
 
         Raises:
             WeightTransferError: refused; nothing was installed anywhere that refused it.
@@ -143,9 +141,7 @@ class Publisher:
         return PublishReport(
             version=version,
             size=delivery.size,
-            tensors=len(delivery.manifest.entries),
             unchanged=change.unchanged,
-            skipped=reports[0].get("skipped", 0),
             read_back=len(reports[0].get("proofs", ())),
             gap_mean=probed.worst.mean,
             gap_max=probed.worst.max,
@@ -183,7 +179,7 @@ class Publisher:
         engines = on_each(self._engines, lambda engine: engine.score(self._probe))
         learner = score(self._probe)
         gaps = [gap(scores, learner) for scores in engines]
-        limit = self._config.limit(delivery.dtype)
+        limit = self._config.limit(*self._dtypes(delivery))
         worst = max(range(len(gaps)), key=lambda index: gaps[index].mean)
         if self._last is not None:
             for index, (before, now) in enumerate(zip(self._last.engines, engines)):
@@ -192,6 +188,10 @@ class Publisher:
         if not gaps[worst].mean <= limit:
             raise ProbeError(self._beyond(worst, gaps[worst], limit, delivery, change))
         return _Probed(learner=learner, engines=engines, worst=gaps[worst])
+
+    def _dtypes(self, delivery: Delivery) -> list[str]:
+        """The number formats in which engine and learner compute, the same one once."""
+        return list(dict.fromkeys([delivery.dtype, self._learner_dtype or delivery.dtype]))
 
     def _unmoved(self, index: int, delivery: Delivery) -> str:
         return (
@@ -214,9 +214,10 @@ class Publisher:
             )
         else:
             cause = "This transport neither hashes nor reads back, so the layer is not known"
+        dtypes = " and ".join(self._dtypes(delivery))
         return (
             f"After version {delivery.version}, engine {index} and learner disagree on the probe by "
-            f"{found.mean:.3g} nats on average (at most {limit:g} for {delivery.dtype}), most in sequence "
+            f"{found.mean:.3g} nats on average (at most {limit:g} for {dtypes}), most in sequence "
             f"{found.sequence} at token {found.token + 1} ({found.max:.3g}). {cause}."
         )
 

@@ -84,13 +84,12 @@ class ShmReceiver(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
         verified = time.perf_counter()
         unchanged = self._unchanged(manifest) if update_info.skip_unchanged else frozenset()
         self._installed = {}
-        skipped = self._installer.install(tensors, unchanged)
+        self._installer.install(tensors, unchanged)
         self._installed = {entry.name: entry.digest for entry in manifest.entries}
         installed = time.perf_counter()
         proofs = self._installer.read_back(tensors, manifest) if manifest.columns >= 0 else []
         self.last_report = {
             "version": manifest.version,
-            "skipped": skipped,
             "proofs": [asdict(proof) for proof in proofs],
             "hash_seconds": verified - started,
             "install_seconds": installed - verified,

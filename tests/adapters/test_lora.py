@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 
+from adapters import lora
 from tests.trainer.samples import Reinforce, from_config, random_rows, reference_logprobs, tiny_model
 from trainer.config import Device, LearnerConfig, LoraConfig, OptimizerConfig, Precision
 from trainer.learner import Learner
@@ -82,11 +85,17 @@ def test_merge_gap_is_what_rounding_loses() -> None:
     assert learner.merge_gap(torch.bfloat16) == 0.0  # No update yet.
     learner.update([random_rows()])
     assert learner.merge_gap(torch.float32) < 1e-5
-    layer = learner.policy.model.model.layers[0].self_attn.q_proj
-    delta = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * 2.0
-    total = layer.base_layer.weight + delta
-    one_layer = ((total.bfloat16().float() - total).norm() / delta.norm()).item()
-    assert 0.1 * one_layer < learner.merge_gap(torch.bfloat16) < 10 * one_layer
+    lost, updates = [], []
+    layer: Any
+    for layer in learner.policy.model.modules():
+        if hasattr(layer, "lora_B"):
+            delta = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * 2.0
+            total = layer.base_layer.weight + delta
+            lost.append((total.bfloat16().float() - total).flatten())
+            updates.append(delta.flatten())
+    assert len(updates) == 7 * 2
+    expected = (torch.cat(lost).norm() / torch.cat(updates).norm()).item()
+    assert learner.merge_gap(torch.bfloat16) == pytest.approx(expected, rel=1e-5)
 
 
 def test_bfloat16_adapters_have_float32_masters() -> None:
@@ -120,6 +129,63 @@ def test_saved_adapter_is_read_by_peft_and_continued(tmp_path: Path) -> None:
     assert continued.update([rows])[0]["learner/grad_norm"] > 0
 
 
+def test_saved_adapter_is_the_masters_and_merges_to_what_is_published(tmp_path: Path) -> None:
+    """In bfloat16 the module holds rounded copies; the file holds what the optimizer steps on."""
+    base = tiny_model()
+    learner = lora_learner(copy.deepcopy(base), dtype=Precision.bfloat16)
+    for _ in range(3):
+        learner.update([random_rows()])
+    learner.save(tmp_path, _Tokenizer())
+    masters = {name.removeprefix("model."): p.detach() for name, p in learner.master.named}
+    rounded: Any = base.bfloat16().float()
+    peft_model: Any = PeftModel.from_pretrained(rounded, tmp_path / "adapter")
+    loaded = {n: p for n, p in peft_model.get_base_model().named_parameters() if "lora_" in n}
+    assert loaded.keys() == masters.keys()
+    assert all(torch.equal(loaded[name], master) for name, master in masters.items())
+    assert any(not torch.equal(master.bfloat16().float(), master) for master in masters.values())
+    merged = dict(peft_model.merge_and_unload().named_parameters())
+    published = dict(learner.weights())
+    assert published.keys() == merged.keys()
+    assert all(torch.equal(weight, merged[name].bfloat16()) for name, weight in published.items())
+
+
+def test_a_trained_weight_that_is_missing_is_not_replaced_by_its_copy(tmp_path: Path) -> None:
+    learner = lora_learner(dtype=Precision.bfloat16)
+    name = "model.layers.1.mlp.up_proj.lora_B.default.weight"
+    masters = learner._adapter_masters()
+    del masters[name]
+    adapter: Any = learner._lora
+    for use in (
+        lambda: adapter.save(tmp_path, masters),
+        lambda: list(adapter.merged(torch.bfloat16, masters)),
+        lambda: adapter.merge_gap(torch.bfloat16, masters),
+    ):
+        with pytest.raises(ValueError, match=f"trained weights of the adapter lack {name}"):
+            use()
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_an_adapter_half_of_which_is_frozen_merges_and_saves(tmp_path: Path) -> None:
+    lora_learner().save(tmp_path / "first", _Tokenizer())
+    continued = Learner(
+        LearnerConfig(dtype=Precision.float32, device=Device.cpu, freeze=["*lora_A*"]),
+        tiny_model(),
+        loss=Reinforce(),
+        temperature=1.0,
+        total_steps=1,
+        seed=1,
+        adapter=tmp_path / "first" / "adapter",
+    )
+    continued.update([random_rows()])
+    continued.save(tmp_path / "second", _Tokenizer())
+    first, second = (
+        load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("first", "second")
+    )
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]) is ("lora_A" in name)
+
+
 def test_unknown_targets_are_refused_with_the_choices() -> None:
     with pytest.raises(ValueError, match=r"learner\.lora\.targets=\['query'\] names no layer.*q_proj"):
         lora_learner(targets=["query"])
@@ -131,18 +197,29 @@ def test_adapters_on_head_or_embeddings_are_refused(target: str) -> None:
         lora_learner(tiny_model("qwen2"), targets=["q_proj", target])
 
 
-def test_adapters_that_would_not_merge_are_refused(tmp_path: Path) -> None:
-    from peft import LoraConfig as PeftLoraConfig
-    from peft import get_peft_model
-
-    from adapters import lora
-
-    model = tiny_model()
-    get_peft_model(model, PeftLoraConfig(r=2, target_modules=["q_proj"], use_dora=True)).save_pretrained(
-        str(tmp_path)
-    )
-    with pytest.raises(ValueError, match="is not plain LoRA"):
-        lora.load(tiny_model(), tmp_path)
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"use_dora": True}, "use_dora=True"),
+        ({"lora_bias": True}, "lora_bias=True"),
+        ({"bias": "all"}, "bias=all"),
+        (
+            {"target_modules": [], "target_parameters": ["q_proj.weight"]},
+            r"target_parameters=\['q_proj\.weight'\]",
+        ),
+        ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\]"),
+        ({"trainable_token_indices": [3]}, r"trainable_token_indices=\[3\]"),
+    ],
+)
+def test_adapters_that_would_not_merge_are_refused(
+    tmp_path: Path, settings: dict[str, Any], said: str
+) -> None:
+    config = PeftLoraConfig(**{"r": 2, "target_modules": ["q_proj"], **settings})
+    get_peft_model(tiny_model("qwen2"), config).save_pretrained(str(tmp_path))
+    model = tiny_model("qwen2")
+    with pytest.raises(ValueError, match=rf"is not plain LoRA \({said}\): only plain LoRA adapters are"):
+        lora.load(model, tmp_path)
+    assert not any("lora_" in name for name, _ in model.named_parameters())
 
 
 def test_gradient_flows_with_checkpointing() -> None:

@@ -35,7 +35,7 @@ def test_factor_scales_and_zero_buffer_is_off() -> None:
 
 def test_rewards_are_shaped_once_and_accuracy_never() -> None:
     shaped = group("a", [1, 0, 1], lengths=[5, 9, 10])
-    assert shape_rewards([shaped], OverlongConfig(buffer=4), limit=10) == 2
+    shape_rewards([shaped], OverlongConfig(buffer=4), limit=10)
     assert [t.reward for t in shaped.trajectories] == [1.0, -0.75, 0.0]
     assert [t.rewards["overlong"] for t in shaped.trajectories] == [0.0, -0.75, -1.0]
     assert [t.accuracy for t in shaped.trajectories] == [1.0, 0.0, 1.0]
@@ -45,7 +45,7 @@ def test_rewards_are_shaped_once_and_accuracy_never() -> None:
 
 def test_off_adds_no_part_and_a_buffer_beyond_the_limit_is_refused() -> None:
     plain = group("a", [1, 0])
-    assert shape_rewards([plain], OverlongConfig(), limit=10) == 0
+    shape_rewards([plain], OverlongConfig(), limit=10)
     assert "overlong" not in plain.trajectories[0].rewards
     with pytest.raises(ValueError, match=r"buffer=40 is longer than the response limit of 10 tokens"):
         shape_rewards([plain], OverlongConfig(buffer=40), limit=10)

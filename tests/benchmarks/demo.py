@@ -26,12 +26,13 @@ RANDOM = [
     "reward.parts.random.kind=function",
     "reward.parts.random.path=tests.benchmarks.demo:random_reward",
     "algorithm.overlong.buffer=0",
+    "algorithm.dynamic_sampling.enabled=false",
 ]
-"""Overrides of the control: a coin for a reward; the exact grader only measures, and filters as before."""
+"""Overrides of the control: a coin for a reward, every group learned from; the exact grader only measures."""
 TARGET = 0.95
 
 
-def random_reward(prompts: list[str], responses: list[str], **columns: Any) -> list[float]:
+def random_reward(prompts: list[str], responses: list[str], *_: Any) -> list[float]:
     """A coin that depends on nothing but the text: the control that training on noise is compared with."""
     texts = zip(prompts, responses, strict=True)
     return [float(hashlib.blake2b(f"{p}/{r}".encode()).digest()[0] & 1) for p, r in texts]

@@ -63,7 +63,7 @@ def speed(folder: Path, dtype: str) -> None:
     """The table of phases."""
     engine, learner, probe = build(folder, dtype)
     publisher = Publisher([engine], WeightsConfig(), probe)
-    publisher.start(learner.weights(), learner.score)
+    publisher.publish(learner.weights(), learner.score)
     flat = torch.cat([tensor.flatten() for _, tensor in learner.weights()])
     target = flat.clone()
     phases: dict[str, list[float]] = {phase: [] for phase in PHASES}
@@ -74,7 +74,8 @@ def speed(folder: Path, dtype: str) -> None:
         for phase in PHASES:
             phases[phase].append(report.seconds[phase])
     best = min(copies)
-    print(f"{dtype}, {flat.nbytes / 1e6:.0f} MB, {torch.get_num_threads()} threads, {report.tensors} tensors")
+    tensors = len(learner.weights())
+    print(f"{dtype}, {flat.nbytes / 1e6:.0f} MB, {torch.get_num_threads()} threads, {tensors} tensors")
     line("memory copy", copies, best)
     line("transfer + install", [a + b for a, b in zip(phases["transfer"], phases["install"])], best)
     for phase in PHASES:

@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 
 from rlhf.cli import main
-from rlhf.compose import load
-from rlhf.preflight import run_folder
 
 DAPO = "dapo/tiny"
 
@@ -113,6 +111,18 @@ CASES = [
         "rollout.max_model_len=16 is shorter than data.max_prompt_tokens + rollout.max_new_tokens = 136: raise it or set 0.",
     ),
     (
+        ["rollout.max_model_len=150", "evaluation.max_new_tokens=100"],
+        "rollout.max_model_len=150 is shorter than data.max_prompt_tokens + evaluation.max_new_tokens = 228: raise it or set 0.",
+    ),
+    (
+        ["learner.token_budget=100"],
+        "learner.token_budget=100 is smaller than the longest row, data.max_prompt_tokens + rollout.max_new_tokens = 136: raise it.",
+    ),
+    (
+        ["model.adapter=./mine", "learner.lora.rank=8"],
+        "learner.lora.rank=8 asks for a fresh adapter and model.adapter=./mine for an old one: set learner.lora.rank=0 to continue it.",
+    ),
+    (
         ["rollout.engines=2"],
         "rollout.engines=2 with rollout.process=inprocess: one process holds one engine; use rollout.process=child.",
     ),
@@ -166,6 +176,45 @@ def test_unknown_key_inside_a_recipe_file(tmp_path: Path, capsys: pytest.Capture
     assert f"Unknown key 'loop.stpes' in {recipe}: did you mean 'loop.steps'?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("text", "mistake"),
+    [
+        ("# @package _global_\nloop: {steps: 3\nmodel: {}\n", "line 3, column 6 is not YAML"),
+        ("loop:\n\tsteps: 3\n", "line 2, column 1 is not YAML"),
+        ("loop: \u0007\n", "this is not YAML"),
+    ],
+)
+def test_a_recipe_file_that_is_not_yaml(
+    text: str, mistake: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(text)
+    assert main(["explain", str(recipe)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"rlhf: {recipe}: {mistake}"), said
+    assert said.count("\n") == 1
+
+
+def test_a_recipe_file_ends_in_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "mine.yml"
+    recipe.write_text("# @package _global_\ndefaults: [/dapo/tiny, _self_]\n")
+    assert main(["explain", str(recipe)]) == 2
+    assert capsys.readouterr().err == (
+        f"rlhf: Recipe file '{recipe}': the name must end in .yaml: rename it.\n"
+    )
+
+
+def test_an_interrupt_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rlhf.recipe_list.table", interrupted)
+    assert main(["recipes"]) == 130
+    assert capsys.readouterr().err == "rlhf: interrupted.\n"
+
+
 def test_a_run_is_never_overwritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -177,24 +226,3 @@ def test_a_run_is_never_overwritten(
     assert "run.name=mine: runs/mine already holds a run" in capsys.readouterr().err
     assert main(["train", DAPO, f"run.dir={folder}"]) == 2
     assert (folder / "metrics.jsonl").read_text() == '{"step": 0}\n'
-
-
-def test_runs_without_a_name_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    config = load(DAPO)
-    assert run_folder(config, DAPO) == Path("runs/dapo-tiny")
-    assert run_folder(config, "./my/own.yaml") == Path("runs/own")
-    for name in ("dapo-tiny", "dapo-tiny-2"):
-        (tmp_path / "runs" / name).mkdir(parents=True)
-        (tmp_path / "runs" / name / "config.yaml").touch()
-    assert run_folder(config, DAPO) == Path("runs/dapo-tiny-3")
-
-
-def test_dry_run_finds_a_missing_model_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main(["train", DAPO, "--dry-run", "model.path=./nowhere"]) == 2
-    assert capsys.readouterr().err == (
-        "rlhf: model.path=./nowhere holds no model: name a Hugging Face folder or a PEFT adapter.\n"
-    )

@@ -68,6 +68,18 @@ def test_the_papers_column() -> None:
     assert config.algorithm.correction.level is CorrectionLevel.off
 
 
+def test_the_clip_is_idle_only_where_the_ratio_is_one() -> None:
+    def clip_line(*overrides: str) -> str:
+        text = explain("dapo/arithmetic", load("dapo/arithmetic", overrides))
+        return next(line for line in text.splitlines() if line.startswith("  clip: "))
+
+    once = clip_line("loop.mini_batch=0", "algorithm.old_logprobs=current")
+    assert once.endswith("With one optimizer step a rollout the ratio is 1 and the clip idle.")
+    assert "idle" not in clip_line()
+    rollout = clip_line("algorithm.old_logprobs=rollout", "algorithm.correction.level=off")
+    assert "idle" not in rollout
+
+
 def test_overrides_and_groups() -> None:
     config = load(
         "dapo/arithmetic", ["loop.steps=3", "algorithm=grpo", "reward.parts.exact.weight=2", "run.seed=7"]
@@ -112,6 +124,33 @@ def test_python_values_become_overrides() -> None:
     assert config.data.system_prompt == 'say "4, 5"'
     assert config.learner.freeze == ["a*", "b"]
     assert config.learner.compile is True
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"{prompt} Answer in \boxed{}.",
+        r".*\d+",
+        "ends with a backslash\\",
+        "ends with two\\\\",
+        r'a \"quoted\" word, \\"twice\\"',
+        '"',
+        "\\",
+        "two\nlines\\\n",
+        "it's $5, a=b",
+        "",
+    ],
+)
+def test_text_from_python_arrives_unchanged(text: str) -> None:
+    given = {
+        "data.system_prompt": text,
+        "learner.freeze": [text, "x"],
+        "model.chat_template_args": {"note": text, "other": 1},
+    }
+    config = load("dapo/tiny", as_overrides(given))
+    assert config.data.system_prompt == text
+    assert config.learner.freeze == [text, "x"]
+    assert config.model.chat_template_args == {"note": text, "other": 1}
 
 
 def test_what_a_run_writes_composes_again(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +31,29 @@ def test_kind_is_seen_from_the_path(path: str, kind: str) -> None:
     assert infer_kind(path, "data.path").value == kind
 
 
+@pytest.mark.parametrize(("suffix", "kind"), [("jsonl", "jsonl"), ("json", "jsonl"), ("parquet", "parquet")])
+def test_a_folder_that_lies_here_comes_before_the_hub(
+    suffix: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "data" / "problems"
+    folder.mkdir(parents=True)
+    (folder / "README.md").touch()
+    (folder / f"a.{suffix}").touch()
+    for path in ("data/problems", "./data/problems", "data/problems/", str(folder)):
+        assert infer_kind(path, "data.path").value == kind
+    assert infer_kind("openai/gsm8k", "data.path").value == "hub"
+
+
+def test_a_folder_without_or_with_two_kinds_of_files_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data.path=.* is a folder without \.jsonl or \.parquet files"):
+        infer_kind(str(tmp_path), "data.path")
+    (tmp_path / "a.jsonl").touch()
+    (tmp_path / "b.parquet").touch()
+    with pytest.raises(UserError, match=r"holds \.jsonl and \.parquet files: name a pattern, .*/\*\.jsonl"):
+        infer_kind(str(tmp_path), "data.path")
+
+
 @pytest.mark.parametrize("path", ["sumz", "../folder", "/abs/folder", "a/b/c", "train.csv"])
 def test_unclear_path_is_refused(path: str) -> None:
     with pytest.raises(UserError, match=f"data.path={path} is neither a task"):
@@ -42,6 +66,8 @@ def test_unclear_path_is_refused(path: str) -> None:
         ("sums", "sums"),
         ("a/b/gsm8k_train.jsonl", "gsm8k_train"),
         ("d/*.parquet", "all"),
+        ("./problems", "problems"),
+        ("../data/problems/", "problems"),
         ("openai/gsm8k", "openai/gsm8k"),
     ],
 )
@@ -91,12 +117,12 @@ def test_defaults_have_nothing_to_complain_about() -> None:
         (
             {"path": "sumz"},
             "data.path=sumz is neither a task (sums, products, reasoning_gym:<name>), a .jsonl or .parquet "
-            "file, nor a hub id (owner/name): correct it.",
+            "file, a folder of them, nor a hub id (owner/name): correct it.",
         ),
         (
             {"sources": {"a": SourceConfig(path="sumz")}},
             "data.sources.a.path=sumz is neither a task (sums, products, reasoning_gym:<name>), a .jsonl or "
-            ".parquet file, nor a hub id (owner/name): correct it.",
+            ".parquet file, a folder of them, nor a hub id (owner/name): correct it.",
         ),
     ],
 )

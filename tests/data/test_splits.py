@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,64 @@ def test_two_sources_with_overlapping_problems_do_not_leak() -> None:
     assert len(held) == 50
     assert not held & {example.key for pool in splits.train.values() for example in pool}
     assert splits.counts["all"].withheld >= 50
+
+
+@pytest.mark.parametrize("heldout", ["task", "file"])
+def test_a_file_that_asks_what_a_task_asks_does_not_leak(tmp_path: Path, heldout: str) -> None:
+    """`sums:11,21` of the task and the text of the file are one problem, in either order of the operands."""
+    rows = [
+        {"prompt": "what is 21 + 11?  Answer with the number only.", "answer": "32"},
+        {"prompt": "What is 11 + 21? Answer with the number only.", "answer": "32"},
+        {"prompt": "What is 2 + 2?", "answer": "4"},
+    ]
+    used = {"task": SourceUse.train, "file": SourceUse.train, heldout: SourceUse.heldout}
+    sources = {
+        "task": SourceConfig(path="sums", use=used["task"], args={"low": 10, "high": 30}),
+        "file": SourceConfig(path=jsonl(tmp_path / "a.jsonl", rows), use=used["file"]),
+    }
+    splits = load_splits(DataConfig(sources=sources))
+    trained = prompts([example for pool in splits.train.values() for example in pool])
+    assert not {e.key for e in splits.heldout} & {e.key for pool in splits.train.values() for e in pool}
+    if heldout == "task":
+        assert trained == {"What is 2 + 2?"}
+    else:
+        assert len(trained) == 21 * 21 - 2
+        assert len(splits.heldout) == 2
+
+
+def test_which_problems_are_held_out_does_not_depend_on_a_second_source(tmp_path: Path) -> None:
+    task = {"sums": SourceConfig(path="sums", args={"low": 10, "high": 30})}
+    alone = load_splits(DataConfig(sources=task, heldout=20)).heldout
+    row = {"prompt": alone[0].text, "answer": "0"}
+    file = {"file": SourceConfig(path=jsonl(tmp_path / "a.jsonl", [row]), use=SourceUse.train)}
+    assert load_splits(DataConfig(sources={**file, **task}, heldout=20)).heldout == alone
+
+
+def test_ids_that_repeat_are_refused() -> None:
+    rows = [{"prompt": f"p{i}", "answer": "1", "uid": f"u{i % 3}"} for i in range(4)]
+    with pytest.raises(UserError) as caught:
+        from_rows(rows, fields={"prompt": "prompt", "answer": "answer", "id": "uid"})
+    assert str(caught.value) == (
+        "data.fields.id=uid names two rows of rows 'u0': name a column without repeats, or leave it out and "
+        "rows are numbered."
+    )
+
+
+def test_copies_of_a_row_may_share_its_id() -> None:
+    rows = [{"prompt": f"p{i % 3}", "answer": "1", "uid": f"u{i % 3}"} for i in range(6)]
+    fields = {"prompt": "prompt", "answer": "answer", "id": "uid"}
+    assert len(from_rows(rows, fields=fields).train["rows"]) == 3
+
+
+def test_a_column_that_cannot_be_recorded_is_refused_at_load() -> None:
+    good = {"prompt": "p0", "answer": "1", "when": datetime.date(2026, 1, 2), "cost": Decimal("1.5")}
+    assert len(from_rows([good]).train["rows"]) == 1
+    with pytest.raises(UserError) as caught:
+        from_rows([good, {**good, "prompt": "p1", "when": {1, 2}}])
+    assert str(caught.value) == (
+        "the row rows:1: column 'when' holds a set, which cannot be recorded: turn that column into text or "
+        "drop it."
+    )
 
 
 @pytest.mark.parametrize(("size", "expected"), [(10, (7, 3)), (9, (6, 3)), (1, (1, 0)), (0, (0, 0))])

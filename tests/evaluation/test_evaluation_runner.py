@@ -8,8 +8,10 @@ import pytest
 
 from rlhf.evaluation import runner
 from rlhf.evaluation.config import EvaluationConfig
+from rlhf.evaluation.graders import second_opinions
 from rlhf.evaluation.runner import Evaluation, evaluate, sampling_for
 from rlhf.metrics import unknown
+from rlhf.rewards.config import RewardConfig, RewardPartConfig
 from rollout.engine import Sampling
 from rollout.types import FinishReason, Group, Prompt, Trajectory
 from tests.tracking.samples import prompt, trajectory
@@ -120,6 +122,19 @@ def test_responses_that_nobody_graded_are_counted_and_wrong() -> None:
     assert metrics["eval/ungraded"] == 2
     assert metrics["eval/accuracy"] == pytest.approx(1 / 3)
     assert metrics["eval/any_mention"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(("gold", "reported"), [("8", True), ("008", True), (r"\frac{1}{2}", False)])
+def test_any_mention_is_reported_for_integers_alone(gold: str, reported: bool) -> None:
+    parts = {"sums": RewardPartConfig(kind="exact_integer"), "rest": RewardPartConfig(kind="math_verify")}
+    prompts = [prompt(i) for i in range(1, 5)]
+    prompts[3].answer = gold
+    graders = second_opinions(RewardConfig(parts=parts))
+    found = evaluate(prompts, _generate, lambda groups: None, GREEDY, step=0, graders=graders)
+    assert ("eval/any_mention" in found.metrics()) is reported
+    assert ("any_mention" in found.problems[3].grades) is reported
+    assert found.problems[1].grades["any_mention"] == 1.0
+    assert second_opinions(RewardConfig(parts={"rest": RewardPartConfig(kind="math_verify")})) == {}
 
 
 def test_format_may_be_given() -> None:

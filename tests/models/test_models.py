@@ -48,7 +48,7 @@ def adapter_folder(folder: Path, base: str) -> Path:
 
 def test_local_folder(tiny_llama: Path) -> None:
     found = resolve(config(tiny_llama))
-    assert (found.folder, found.adapter, found.revision) == (tiny_llama.resolve(), None, "")
+    assert (found.folder, found.adapter) == (tiny_llama.resolve(), None)
     assert found.description == f"local folder {tiny_llama}"
 
 

@@ -27,10 +27,10 @@ learner:
 """
 
 
-def make(folder: Path, steps: int = 20, *, every: int = 5) -> Path:
-    """Steps 0 to `steps`; evaluations answer `2 * step` of 40 problems right."""
+def make(folder: Path, steps: int = 20, *, every: int = 5, split: str = "heldout") -> Path:
+    """Steps 0 to `steps`; evaluations answer `2 * step` of 40 problems of `split` right."""
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(CONFIG)
+    (folder / "config.yaml").write_text(f"{CONFIG}evaluation:\n  split: {split}\n")
     environment.write(folder)
     tracker = JsonlTracker(TrackingConfig())
     tracker.start({}, folder)

@@ -64,6 +64,18 @@ def test_curve_holds_the_numbers_and_the_band() -> None:
     assert figure.get_suptitle() == "Held-out accuracy 10.0 % → 50.0 %"
 
 
+def test_curves_are_named_after_the_evaluated_split() -> None:
+    rows = [row | {"eval/any_mention": 0.5, "eval/truncated": 0.1} for row in _rows(3)]
+    figure = figures.learning_curve(rows, split="validation")
+    charts = figures.panels(rows, figures.training_panels("validation"))
+    assert figure is not None
+    assert charts is not None
+    assert figure.get_suptitle() == "Validation accuracy 10.0 % → 50.0 %"
+    labels = [text for axes in (*figure.axes, *charts.axes) for text in axes.get_legend_handles_labels()[1]]
+    assert {"validation, strict", "validation, any mention", "validation"} <= set(labels)
+    assert not any("held-out" in label for label in labels)
+
+
 def test_wall_clock_is_in_readable_units() -> None:
     def label(seconds: float) -> str:
         figure = figures.learning_curve([{"step": 1, "train/accuracy": 0.5, "time/elapsed": seconds}])

@@ -87,6 +87,16 @@ def test_only_the_first_evaluation(tmp_path: Path) -> None:
     assert "0 problems became right and 0 became wrong" in text
 
 
+def test_validation_is_never_called_held_out(tmp_path: Path) -> None:
+    text = report.write(make(tmp_path / "demo", split="validation")).read_text()
+    assert "**Validation accuracy: 0.0 % [0.0, 8.8] → 100.0 % [91.2, 100.0].**" in text
+    assert "Evaluations (`eval/`, validation problems) are the first and the last" in text
+    assert "| validation accuracy | first at step | wall clock |" in text
+    assert "8 of the 40 validation problems, spread evenly" in text
+    assert "| `evaluation.split` | validation |" in text
+    assert "held-out" not in text.lower()
+
+
 def test_nothing_logged_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no logged step \(metrics\.jsonl is missing or empty\)"):
         report.write(tmp_path)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from rlhf.errors import UserError
+from rlhf.metrics import unknown
 from rlhf.rewards.base import Scorer
 from rlhf.rewards.config import RewardConfig, RewardPartConfig
 from rollout.types import FinishReason, Group, Prompt, Trajectory
@@ -75,14 +76,15 @@ def test_demo_rule_fills_the_trajectory() -> None:
     assert [member.extracted for member in members] == ["32", "33", None, None, None]
     assert [member.grade_status for member in members] == ["ok", "ok", "no_answer", "no_answer", "no_answer"]
     assert report.statuses["answer"] == {"ok": 2, "no_answer": 3}
-    assert report.graders == {"answer": "exact_integer@1"}
-    assert report.replaced_workers == 0
-    metrics = report.metrics()
-    assert metrics["reward/answer_mean"] == pytest.approx(0.2)
-    assert metrics["reward/answer_std"] == pytest.approx(0.4)
-    assert metrics["reward/answer_no_answer"] == 3
-    assert metrics["reward/answer_timeout"] == 0
-    assert metrics["time/reward"] == report.seconds > 0
+    assert scorer.graders() == {"answer": "exact_integer@1"}
+    assert report.failures() == {
+        "reward/answer_no_answer": 3,
+        "reward/answer_gold_unparsable": 0,
+        "reward/answer_timeout": 0,
+        "reward/answer_error": 0,
+        "reward/replaced_workers": 0,
+    }
+    assert unknown(report.failures()) == []
 
 
 def test_reward_is_the_weighted_sum_and_accuracy_stays_raw() -> None:
@@ -124,7 +126,7 @@ def test_routing_by_source() -> None:
         with pytest.raises(UserError) as caught:
             scorer.score([sums, group(["32"], source="gsm8k")])
         with pytest.raises(UserError, match="no reward part grades data source 'gsm8k'"):
-            scorer.check_sources(["sums", "gsm8k"])
+            scorer.check_graded(["sums", "gsm8k"])
     assert [member.rewards for member in sums.trajectories] == [{"exact": 1.0, "form": 1.0}] * 2
     assert [member.rewards.get("boxed") for member in contest.trajectories] == [0.0, 1.0]
     assert "exact" not in contest.trajectories[0].rewards
@@ -133,6 +135,22 @@ def test_routing_by_source() -> None:
     assert str(caught.value) == (
         "no reward part grades data source 'gsm8k': add a part of kind exact_integer, math_verify, "
         "dapo_math or function for it."
+    )
+
+
+def test_every_source_that_a_part_lists_must_exist() -> None:
+    parts = {
+        "answer": part("exact_integer"),
+        "form": part("format", sources=["sums", "gsm8k_tset"], args={"pattern": "."}),
+    }
+    with scorer_of(**parts) as scorer:
+        scorer.check_sources(["gsm8k_tset", "other", "sums"])
+        scorer.score([group(["32"], source="other")])
+        with pytest.raises(UserError) as caught:
+            scorer.check_sources(["gsm8k_test", "sums"])
+    assert str(caught.value) == (
+        "reward.parts.form.sources lists 'gsm8k_tset', which no data source is called: "
+        "did you mean 'gsm8k_test'?"
     )
 
 
@@ -156,7 +174,7 @@ def test_accuracy_from_must_cover_and_grade() -> None:
         Scorer(RewardConfig(parts=parts, accuracy_from="a")) as scorer,
         pytest.raises(UserError, match=r"'y': let reward\.parts\.a\.sources list it"),
     ):
-        scorer.check_sources(["x", "y"])
+        scorer.check_graded(["x", "y"])
     parts["form"] = part("format", args={"pattern": "."})
     with pytest.raises(UserError, match=r"reward.accuracy_from='form' is a format part, which says nothing"):
         Scorer(RewardConfig(parts=parts, accuracy_from="form"))
@@ -173,7 +191,7 @@ def test_missing_golds_are_counted() -> None:
         report = scorer.score([scored])
     assert scored.trajectories[0].grade_status == "gold_unparsable"
     assert scored.trajectories[0].reward == -1.0
-    assert report.metrics()["reward/answer_gold_unparsable"] == 1
+    assert report.failures()["reward/answer_gold_unparsable"] == 1
 
 
 # ---- user functions ----
@@ -203,12 +221,11 @@ def test_function_beside_a_grader_and_dict_results() -> None:
     scored = group(["32", "no way"], level=2)
     parts = {"style": part("function", path=f"{HERE}:detailed", weight=0.5), "answer": part("exact_integer")}
     with Scorer(RewardConfig(parts=parts)) as scorer:
-        report = scorer.score([scored])
+        scorer.score([scored])
     right, wrong = scored.trajectories
     assert right.rewards == {"style.level": 2.0, "style.short": 1.0, "answer": 1.0}
     assert right.reward == pytest.approx(0.5 * 3.0 + 1.0)
     assert (right.accuracy, wrong.accuracy, right.extracted) == (1.0, 0.0, "32")
-    assert report.metrics()["reward/style.short_mean"] == 0.5
     with Scorer(RewardConfig(parts=parts, accuracy_from="style")) as scorer:
         scorer.score([scored])
     assert right.accuracy == 1.0
@@ -249,7 +266,7 @@ def test_functions_given_twice_or_not_at_all() -> None:
     assert scored.trajectories[0].reward == 2.0
 
 
-def test_function_in_the_sandbox_fails_one_answer_at_a_time() -> None:
+def test_function_in_the_sandbox_fails_one_answer_at_a_time(caplog: pytest.LogCaptureFixture) -> None:
     texts = ["fine"] * 6 + ["hang", "crash", "raise"] + ["fine"] * 3
     scored = group(texts)
     config = RewardConfig(
@@ -260,8 +277,9 @@ def test_function_in_the_sandbox_fails_one_answer_at_a_time() -> None:
         assert [member.reward for member in scored.trajectories] == [1.0] * 6 + [0.0] * 3 + [1.0] * 3
         assert [member.grade_status for member in scored.trajectories[6:9]] == ["timeout", "error", "error"]
         assert report.statuses["judge"] == {"ok": 9, "timeout": 1, "error": 2}
-        assert report.errors["judge"] == "no answer within 1 s"
-        assert report.replaced_workers == 1
+        assert "reward.parts.judge: an answer could not be graded: no answer within 1 s" in caplog.text
+        assert caplog.text.count("could not be graded") == 1
+        assert report.failures()["reward/replaced_workers"] == 1
         with pytest.raises(UserError) as caught:
             scorer.score([group(["raise", "raise"])])
         assert str(caught.value) == (
@@ -287,7 +305,7 @@ def test_runaway_pattern_in_the_sandbox() -> None:
     scored = group(["a" * 40 + "!", "aaa"])
     parts = {
         "answer": part("exact_integer"),
-        "form": part("format", args={"pattern": "(a+)+"}, sandbox=True),
+        "form": part("format", args={"pattern": "(a+)+"}),
     }
     with Scorer(RewardConfig(parts=parts, workers=1, timeout_s=0.5)) as scorer:
         report = scorer.score([scored])
@@ -322,8 +340,7 @@ def test_hung_answer_is_a_counted_failure(math_scorer: Scorer) -> None:
     report = math_scorer.score([scored])
     assert scored.trajectories[0].grade_status == "timeout"
     assert report.statuses["answer"] == {"timeout": 1, "ok": 1}
-    assert report.errors["answer"] == "no answer within 2 s"
-    assert report.metrics()["reward/answer_timeout"] == 1
+    assert report.failures()["reward/answer_timeout"] == 1
     assert scored.trajectories[1].accuracy == 1.0
 
 
@@ -361,12 +378,13 @@ def test_ten_thousand_answers(math_scorer: Scorer) -> None:
         ] * 2
         groups.append(group(texts, gold=str(number % 250)))
     groups[7].trajectories[0].text = r"\boxed{9^{9^{9^9}}}"
+    began = time.monotonic()
     report = math_scorer.score(groups)
+    assert time.monotonic() - began < 20
     assert sum(report.statuses["answer"].values()) == 10_000
     assert report.statuses["answer"] == {"ok": 7_499, "no_answer": 2_500, "timeout": 1}
     right = sum(member.accuracy for scored in groups for member in scored.trajectories)
     assert right == 2 * 250 - 1
-    assert report.seconds < 20
 
 
 def test_ten_thousand_answers_inline() -> None:
@@ -374,9 +392,10 @@ def test_ten_thousand_answers_inline() -> None:
         group([f"It is {number + extra}" for extra in range(8)], gold=str(number)) for number in range(1250)
     ]
     with scorer_of(answer=part("exact_integer")) as scorer:
-        report = scorer.score(groups)
+        began = time.monotonic()
+        scorer.score(groups)
+        assert time.monotonic() - began < 5
     assert sum(member.accuracy for scored in groups for member in scored.trajectories) == 1250
-    assert report.seconds < 5
 
 
 def test_close_is_final_for_workers_and_safe_to_repeat(math_scorer: Scorer) -> None:

@@ -9,11 +9,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from rollout.child_engine import ChildEngine, EngineDied, EngineError
+from rollout.child_engine import ChildEngine, EngineDied, EngineError, _environment
 from rollout.engine import Request, Sampling
 from rollout.engine_server import portable
 from rollout.vllm_engine import EngineSpec
@@ -104,6 +105,24 @@ def test_an_exception_that_pickle_cannot_rebuild_travels_as_text() -> None:
     Stubborn.__module__ = "rollout.nowhere"
     assert portable(Stubborn("one", "two"))[0] == "Stubborn: one"
     assert isinstance(portable(KeyError("x"))[0], KeyError)
+
+
+def test_a_failure_inside_the_engine_is_an_engine_error() -> None:
+    engine: Any = ChildEngine.__new__(ChildEngine)
+    engine._process = SimpleNamespace(pid=7)
+    answer = (0, False, (RuntimeError("CUDA error"), "its traceback"))
+    engine._connection = SimpleNamespace(recv=lambda: answer)
+    with pytest.raises(EngineError, match=r"CUDA error(.|\n)*process 7(.|\n)*its traceback"):
+        engine._receive(0)
+
+
+def test_a_child_sees_its_own_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert "CUDA_VISIBLE_DEVICES" not in _environment(spec("m"))
+    assert _environment(spec("m"), (1, 2))["CUDA_VISIBLE_DEVICES"] == "1,2"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-5,6")
+    assert _environment(spec("m"), (1, 2))["CUDA_VISIBLE_DEVICES"] == "GPU-5,6"
+    assert _environment(spec("m"))["CUDA_VISIBLE_DEVICES"] == "4,GPU-5,6"
 
 
 def test_loading_errors_are_raised_on_waiting(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_new_weights_reach_compiled_code_and_the_next_start_reuses_it(
     first = ChildEngine(spec)
     try:
         publisher = Publisher([first], WeightsConfig(), PROBE)
-        publisher.start(learner.weights(), learner.score)
+        publisher.publish(learner.weights(), learner.score)
         learner.update(rate=1e-2)
         report = publisher.publish(learner.weights(), learner.score)
         assert report.gap_mean < 1e-4

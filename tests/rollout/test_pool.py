@@ -102,7 +102,7 @@ def test_groups_come_in_order_with_everything_filled_in() -> None:
             assert made.response_ids == [10 + index, seed % 10]
             assert made.text == f"{10 + index} {seed % 10}"
             assert made.logprobs == [-0.5, -1.0]
-            assert made.oldest_version == 3
+            assert [span.version for span in made.version_spans] == [3]
 
 
 def test_no_two_requests_share_a_seed() -> None:

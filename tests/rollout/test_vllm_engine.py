@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,12 +14,10 @@ import torch
 
 from rollout.engine import Request, Sampling
 from rollout.types import FinishReason, VersionSpan
-from rollout.vllm_engine import EngineSpec, kv_cache_bytes
+from rollout.vllm_engine import EngineSpec, VllmEngine, _engine_length, kv_cache_bytes, max_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
-
-    from rollout.vllm_engine import VllmEngine
 
 END = 2
 """`<|im_end|>` of the tiny models."""
@@ -223,7 +223,34 @@ def test_automatic_kv_cache_holds_every_sequence(tiny_llama: Path) -> None:
     assert kv_cache_bytes(spec) == (8 * 4 + 1) * 32 * 1024
 
 
+def test_an_engine_longer_than_its_model_is_refused(tiny_llama: Path) -> None:
+    """The tiny models take 1024 tokens: an engine for as many gets no more, and one for more is refused."""
+    spec = EngineSpec(model=str(tiny_llama), dtype="float32", max_model_len=1024)
+    lengths = [_engine_length(replace(spec, max_model_len=asked)) for asked in (1022, 1023, 1024)]
+    assert lengths == [1023, 1024, 1024]
+    with pytest.raises(ValueError, match=r"max_model_len=1025 tokens, but .* takes at most 1024"):
+        VllmEngine(replace(spec, max_model_len=1025))
+
+
 def test_a_model_of_unknown_size_needs_an_explicit_kv_cache(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"has no 'num_attention_heads'. Set rollout.kv_cache_gib"):
         kv_cache_bytes(EngineSpec(model=str(tmp_path), max_model_len=10))
+
+
+@pytest.mark.parametrize(
+    ("config", "positions"),
+    [
+        ({}, None),
+        ({"max_position_embeddings": 4096}, 4096),
+        ({"text_config": {"max_position_embeddings": 512}}, 512),
+        ({"max_position_embeddings": 4096, "rope_scaling": {"type": "linear", "factor": 2.0}}, 8192),
+        ({"max_position_embeddings": 4096, "rope_parameters": {"rope_type": "dynamic", "factor": 4}}, 16384),
+        ({"max_position_embeddings": 32768, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, 32768),
+    ],
+)
+def test_positions_are_counted_as_vllm_counts_them(
+    config: dict[str, object], positions: int | None, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert max_positions(str(tmp_path)) == positions

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from tests.trainer.samples import Reinforce, make_row, random_rows, reference_logprobs, tiny_model
 from trainer.config import (
@@ -186,6 +186,21 @@ def test_saved_folder_loads_as_the_same_policy(tmp_path: Path, kind: str) -> Non
     assert model.config._attn_implementation == "sdpa"
     for got, row in zip(learner.logprobs(rows), rows):
         assert got == pytest.approx(reference_logprobs(model, row)[0].tolist(), abs=1e-5)
+
+
+def test_a_generation_config_that_transformers_refuses_to_save_is_kept(tmp_path: Path) -> None:
+    ends = {"eos_token_id": [2, 0], "pad_token_id": 2}
+    odd = GenerationConfig(**ends, do_sample=False, temperature=0.6)
+    with pytest.raises(ValueError, match="temperature"):
+        odd.save_pretrained(tmp_path)
+    model = tiny_model()
+    model.generation_config = odd
+    learner = make_learner(model)
+    learner.save(tmp_path, _Tokenizer())
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert loaded.generation_config.to_diff_dict() == odd.to_diff_dict()
+    parameters = dict(loaded.named_parameters())
+    assert all(torch.equal(tensor, parameters[name]) for name, tensor in learner.weights())
 
 
 def test_profile_writes_a_trace_of_the_named_step(tmp_path: Path) -> None:

@@ -62,6 +62,26 @@ def test_sgd_follows_the_gradient_with_momentum() -> None:
     torch.testing.assert_close(named[1][1].detach(), before + total)
 
 
+def test_sgd_decays_apart_from_its_momentum() -> None:
+    """Two steps by hand: `w <- (1 - lr * decay) * w - lr * m`, and `m` holds gradients only."""
+    named = parameters()
+    config = OptimizerConfig(name=OptimizerName.sgd, lr=LR, betas=[0.5, 0.0], weight_decay=0.8)
+    optimizer = build_optimizer(config, named)
+    expected = [parameter.detach().clone() for _, parameter in named]
+    momenta = [torch.zeros_like(weight) for weight in expected]
+    for seed, rate in enumerate((LR, 3 * LR)):
+        give_gradients(named, seed)
+        for index, (_, parameter) in enumerate(named):
+            assert parameter.grad is not None
+            momenta[index] = 0.5 * momenta[index] + parameter.grad
+            kept = 1 - rate * 0.8 if parameter.ndim == 2 else 1.0
+            expected[index] = kept * expected[index] - rate * momenta[index]
+        optimizer.set_lr(rate)
+        optimizer.step()
+    for (_, parameter), weight in zip(named, expected):
+        torch.testing.assert_close(parameter.detach(), weight, atol=1e-6, rtol=1e-6)
+
+
 def test_muon_makes_hidden_matrices_orthogonal_and_leaves_the_rest_to_adamw() -> None:
     _, gradients, change = first_update(OptimizerName.muon)
     for index in (0, 2):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import (
     CohereConfig,
+    DeepseekV3Config,
     Gemma2Config,
     GPT2Config,
     GraniteConfig,
@@ -17,6 +18,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.trainer.samples import (
     CONFIGS,
@@ -27,6 +29,7 @@ from tests.trainer.samples import (
     tiny_model,
     tiny_shape,
 )
+from trainer.attention import ATTENTION_NAME
 from trainer.batch import Row
 from trainer.packing import pack
 from trainer.policy import Policy
@@ -95,6 +98,38 @@ def test_attention_outside_the_interface_is_noticed() -> None:
     policy = Policy(model)
     assert not policy.shares_prompts
     assert "does not route its attention" in policy.why_not_shared
+
+
+@torch.no_grad()
+def test_narrow_values_are_not_packed() -> None:
+    """Multi-head latent attention: keys of 8 + 8 dimensions, values of 12."""
+    config = DeepseekV3Config(
+        **{**tiny_shape(), "num_key_value_heads": 6},
+        q_lora_rank=None,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=12,
+        first_k_dense_replace=2,
+    )
+    model = from_config(config)
+    policy = Policy(copy.deepcopy(model))
+    assert not policy.shares_prompts
+    assert "does not know values of 12 dimensions beside keys of 16" in policy.why_not_shared
+    check_against_reference(policy, model, random_rows(), temperature=1.3)
+
+
+@torch.no_grad()
+def test_tensors_that_do_not_fit_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def misfit(*arguments: Any, **named: Any) -> None:
+        raise RuntimeError("shape '[28, 16]' is invalid for input of size 336")
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, ATTENTION_NAME, misfit)
+    model = tiny_model()
+    policy = Policy(copy.deepcopy(model))
+    assert not policy.shares_prompts
+    assert "does not run on packed attention (shape '[28, 16]' is invalid" in policy.why_not_shared
+    check_against_reference(policy, model, random_rows(), temperature=1.3)
 
 
 def test_dropout_is_off() -> None:

@@ -6,7 +6,9 @@ counted and were fitted on the demo (`tests/benchmarks/memory_estimate.py` repor
 
 from __future__ import annotations
 
+import fnmatch
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,14 +52,38 @@ class ModelShape:
     @property
     def layer_parameters(self) -> int:
         """Parameters of one decoder layer: attention, gated MLP, two norms."""
-        attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
-        return attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
+        return sum(self._layer_sizes().values())
 
     @property
     def parameters(self) -> int:
         """All parameters, a tied head counted once."""
         embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
         return embeddings + self.layers * self.layer_parameters + self.hidden
+
+    def trained_share(self, frozen: Sequence[str]) -> float:
+        """Share of the parameters that no pattern of `frozen` matches, under Llama's and Qwen's names."""
+        sizes = {"model.embed_tokens.weight": self.vocabulary * self.hidden, "model.norm.weight": self.hidden}
+        if not self.tied:
+            sizes["lm_head.weight"] = self.vocabulary * self.hidden
+        for layer in range(self.layers):
+            sizes |= {f"model.layers.{layer}.{name}": size for name, size in self._layer_sizes().items()}
+        matched = {name for pattern in frozen for name in fnmatch.filter(sizes, pattern)}
+        return 1 - sum(sizes[name] for name in matched) / self.parameters
+
+    def _layer_sizes(self) -> dict[str, int]:
+        """Parameters of one decoder layer by name."""
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "self_attn.q_proj.weight": self.hidden * queries,
+            "self_attn.k_proj.weight": self.hidden * keys,
+            "self_attn.v_proj.weight": self.hidden * keys,
+            "self_attn.o_proj.weight": queries * self.hidden,
+            "mlp.gate_proj.weight": self.hidden * self.intermediate,
+            "mlp.up_proj.weight": self.hidden * self.intermediate,
+            "mlp.down_proj.weight": self.intermediate * self.hidden,
+            "input_layernorm.weight": self.hidden,
+            "post_attention_layernorm.weight": self.hidden,
+        }
 
     def kv_bytes_per_token(self, bytes_per_value: int = 2) -> int:
         """Cache that one token takes in the engine."""

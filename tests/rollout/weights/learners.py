@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from rollout.vllm_engine import VllmEngine
+from rollout.weights.shm import ShmSender
+
 DEMO_RATE = 1e-5
 """The demo's learning rate."""
 
@@ -51,6 +54,13 @@ class PlainLearner:
         with torch.no_grad():
             for master, parameter in zip(self._masters, self.model.parameters(), strict=True):
                 parameter.copy_(master)
+
+
+def put_back(engine: VllmEngine, folder: Path) -> None:
+    """Install the weights on disk again, as version 0: the next test finds the engine as it was started."""
+    restorer = ShmSender([engine], columns=-1)
+    first = PlainLearner(folder, getattr(torch, engine.spec.dtype)).weights()
+    restorer.install(restorer.stage(first, 0))
 
 
 def copied(weights: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:

@@ -45,21 +45,22 @@ def test_updates_arrive_and_damage_is_refused(
     learner = PlainLearner(tiny_llama, torch.bfloat16)
     publisher = Publisher([child], WeightsConfig(), PROBE, frozen=(), folder=tmp_path)
     publisher._sender = sender = ShmSender([child], columns=32, folder=tmp_path, in_memory=in_memory)
-    publisher.start(learner.weights(), learner.score)
+    publisher.publish(learner.weights(), learner.score)
     assert sender.kind == ("memory" if in_memory else "file")
     assert list(tmp_path.iterdir()) == []
+    tensors = len(learner.weights())
     for _ in range(2):
         before = child.score(PROBE)
         learner.update()
         report = publisher.publish(learner.weights(), learner.score)
         assert report.gap_mean < 1e-2
-        assert report.read_back == report.tensors + 1  # the tied head too
+        assert report.read_back == tensors + 1  # the tied head too
         assert child.score(PROBE) != before
     before, version = child.score(PROBE), child.weight_version
     delivery = sender.stage(learner.weights(), version + 1)
     name = "model.layers.0.mlp.down_proj.weight"
     delivery.sent[name].view(torch.uint8)[3, 3] ^= 128
-    with pytest.raises(WeightTransferError, match=f"1 of {report.tensors} tensors is wrong: {name}"):
+    with pytest.raises(WeightTransferError, match=f"1 of {tensors} tensors is wrong: {name}"):
         sender.install(delivery)
     assert child.weight_version == version
     assert child.score(PROBE) == before

@@ -73,7 +73,7 @@ def test_an_update_arrives(tiny_llama: Path, transport: str) -> None:
     learner = PlainLearner(tiny_llama, torch.bfloat16, device)
     publisher = Publisher([engine], WeightsConfig(), sequences(), on_gpu=True, shares_gpu=transport == "ipc")
     try:
-        publisher.start(learner.weights(), learner.score)
+        publisher.publish(learner.weights(), learner.score)
         learner.update()
         assert publisher.publish(learner.weights(), learner.score).gap_mean < 0.05
     finally:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from rollout.weights.probe import gap, probe_sequences, stood_still
+from rollout.weights.probe import gap, probe_length, probe_sequences, stood_still
 
 
 def test_sequences_are_fixed_and_cover_many_tokens() -> None:
@@ -44,3 +44,9 @@ def test_standing_still() -> None:
     assert not stood_still(before, moved, learner, [[-1.2, -2.2]])  # both did
     assert not stood_still(before, before, learner, [[-1.1, -2.2]])  # half of the learner's is too little
     assert stood_still(before, before, learner, [[-1.2, -2.2]])
+
+
+def test_a_probe_is_no_longer_than_an_engine_scores() -> None:
+    """Scoring generates one token more."""
+    assert [probe_length(length) for length in (2, 3, 20, 48, 49, 4096)] == [2, 2, 19, 47, 48, 48]
+    assert max(map(len, probe_sequences([list(range(90))], 100, length=probe_length(20)))) == 19

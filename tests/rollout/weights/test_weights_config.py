@@ -75,7 +75,8 @@ def test_a_transport_that_does_not_fit_is_refused(
 def test_tolerances_go_by_format() -> None:
     limits = [WeightsConfig().limit(dtype) for dtype in ("float32", "float16", "bfloat16")]
     assert limits == sorted(limits)
-    assert WeightsConfig(tolerance=0.5).limit("float32") == 0.5
+    assert WeightsConfig().limit("float32", "bfloat16") == WeightsConfig().limit("bfloat16") == 0.2
+    assert WeightsConfig(tolerance=0.5).limit("float32", "bfloat16") == 0.5
 
 
 @pytest.mark.parametrize("kind", [WeightTransferError, ProbeError])

@@ -45,6 +45,15 @@ def test_weights_masters_gradients_and_moments() -> None:
     )
 
 
+def test_what_is_frozen_is_left_out_of_the_share() -> None:
+    embeddings, size = 49152 * 576, SMOLLM2.parameters
+    assert SMOLLM2.trained_share([]) == 1
+    assert SMOLLM2.trained_share(["*embed_tokens*"]) == pytest.approx(1 - embeddings / size)
+    assert SMOLLM2.trained_share(["*embed_tokens*", "*embed*", "*layers.[0-9].*norm*"]) == pytest.approx(
+        1 - (embeddings + 10 * 2 * 576) / size
+    )
+
+
 def test_what_saves_memory_saves_memory() -> None:
     full = learner_memory(SMOLLM2, tokens=4096).total
     assert learner_memory(SMOLLM2, tokens=4096, checkpointing=True).total < full

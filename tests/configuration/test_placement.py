@@ -1,0 +1,38 @@
+"""Which GPUs engines get, with counts made up."""
+
+from __future__ import annotations
+
+import pytest
+
+from rlhf.errors import UserError
+from rlhf.placement import place
+
+
+@pytest.mark.parametrize(
+    ("gpus", "engines", "tensor_parallel", "learner", "expected", "shared"),
+    [
+        (0, 2, 1, True, ((), ()), False),
+        (1, 1, 1, True, ((0,),), True),
+        (2, 1, 1, True, ((1,),), False),
+        (4, 3, 1, True, ((1,), (2,), (3,)), False),
+        (8, 2, 3, True, ((1, 2, 3), (4, 5, 6)), False),
+        (1, 1, 1, False, ((0,),), False),
+        (4, 2, 2, False, ((0, 1), (2, 3)), False),
+    ],
+)
+def test_engines_get_gpus_of_their_own_where_there_are_enough(
+    gpus: int, engines: int, tensor_parallel: int, learner: bool, expected: tuple[object, ...], shared: bool
+) -> None:
+    found = place(gpus, engines=engines, tensor_parallel=tensor_parallel, learner=learner)
+    assert (found.engines, found.shared, found.on_gpu) == (expected, shared, gpus > 0)
+
+
+@pytest.mark.parametrize(("gpus", "engines", "tensor_parallel"), [(1, 2, 1), (2, 1, 2), (4, 2, 2)])
+def test_engines_that_would_collide_are_refused(gpus: int, engines: int, tensor_parallel: int) -> None:
+    with pytest.raises(UserError) as caught:
+        place(gpus, engines=engines, tensor_parallel=tensor_parallel)
+    assert str(caught.value) == (
+        f"rollout.engines={engines} of rollout.tensor_parallel={tensor_parallel} need "
+        f"{engines * tensor_parallel} GPUs beside the learner, of {gpus} that this process sees: lower them, "
+        f"or show it more (CUDA_VISIBLE_DEVICES)."
+    )
