@@ -7,7 +7,6 @@ Knows neither engines nor rewards: it is handed a `generate` and a `score`. The 
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 
 from rlhf.evaluation.config import EvaluationConfig
 from rlhf.evaluation.statistics import mean, standard_error, wilson
+from rlhf.files import replace_text
 from rollout.engine import Sampling
 from rollout.types import FinishReason, Group, Prompt, Trajectory
 
@@ -108,7 +108,7 @@ class Evaluation:
         path = folder / FOLDER / f"step-{self.step}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps(asdict(problem), ensure_ascii=False) for problem in self.problems]
-        _replace(path, "".join(line + "\n" for line in lines))
+        replace_text(path, "".join(line + "\n" for line in lines))
         summary = {
             "step": self.step,
             "seconds": round(self.seconds, 3),
@@ -116,7 +116,7 @@ class Evaluation:
             "confidence": self.confidence,
             "metrics": {name: value if value == value else None for name, value in self.metrics().items()},
         }
-        _replace(path.with_suffix(".json"), json.dumps(summary, indent=2) + "\n")
+        replace_text(path.with_suffix(".json"), json.dumps(summary, indent=2) + "\n")
         return path
 
 
@@ -177,6 +177,14 @@ def steps(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def cut_back(folder: Path, step: int) -> None:
+    """Remove the evaluations after `step` from a run's folder."""
+    for later, path in steps(folder).items():
+        if later > step:
+            path.unlink()
+            path.with_suffix(".json").unlink(missing_ok=True)
+
+
 def _problem(group: Group, opinions: Mapping[str, Grader]) -> Problem:
     prompt, response = group.prompt, group.trajectories[0]
     aborted = response.finish_reason is FinishReason.ABORT
@@ -209,10 +217,3 @@ def _expect_one_each(prompts: Sequence[Prompt], groups: Sequence[Group]) -> None
             f"evaluation asked for one response to each of {len(prompts)} prompts, in order, and got "
             f"{sum(len(g.trajectories) for g in groups)} in {len(groups)} groups: mend the generate callable."
         )
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write beside, then rename: a reader never sees half a file."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
