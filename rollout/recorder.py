@@ -88,6 +88,13 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(path.stem.removeprefix("step_")) for path in Path(folder).glob("step_*.parquet"))
 
 
+def cut_back(folder: Path, step: int) -> None:
+    """Remove the steps after `step`."""
+    for later in steps(folder):
+        if later > step:
+            _path(folder, later).unlink()
+
+
 def _path(folder: Path, step: int) -> Path:
     return folder / f"step_{step:06d}.parquet"
 

@@ -25,11 +25,24 @@ from rollout.types import Group, Trajectory
 logger = logging.getLogger(__name__)
 
 
-class Tracker(Protocol):
-    """Where a run's numbers go. Every tracker is built from the `TrackingConfig` alone."""
+@dataclass(frozen=True, slots=True)
+class Continued:
+    """What a tracker is told when a run goes on."""
 
-    def start(self, config: dict[str, Any], folder: Path) -> None:
-        """Begin a run: its resolved configuration and its folder, which exists."""
+    step: int
+    """The last step that counts; what was logged after it is void. -1: nothing counts."""
+    run_id: str = ""
+    """The tracker's own `run_id` before; empty when it has none."""
+
+
+class Tracker(Protocol):
+    """Where a run's numbers go. Every tracker is built from the `TrackingConfig` alone.
+
+    One whose service names runs has a text attribute `run_id`: it is kept in checkpoints.
+    """
+
+    def start(self, config: dict[str, Any], folder: Path, continued: Continued | None = None) -> None:
+        """Begin a run, or go on with it: its resolved configuration and its folder, which exists."""
         ...
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -114,17 +127,32 @@ class Trackers:
         self.failures: dict[str, int] = {}
         """Failed calls by tracker."""
 
-    def start(self, config: dict[str, Any], folder: Path) -> None:
-        """Start every tracker; the first that cannot start raises `UserError` after the others are closed."""
+    def start(
+        self,
+        config: dict[str, Any],
+        folder: Path,
+        step: int | None = None,
+        run_ids: Mapping[str, str] | None = None,
+    ) -> None:
+        """Start every tracker; the first that cannot start raises `UserError` after the others are closed.
+
+        Of a resumed run, `step` is the last that counts and `run_ids` what `run_ids()` gave.
+        """
         for name, member in self._members.items():
+            continued = None if step is None else Continued(step, (run_ids or {}).get(name, ""))
             try:
-                member.start(config, folder)
+                member.start(config, folder, continued)
             except Exception as error:
                 self.close()
                 raise UserError(
                     f"the tracker {name} cannot start ({_said(error)}): mend it, or take it out of "
                     f"tracking.names."
                 ) from error
+
+    def run_ids(self) -> dict[str, str]:
+        """What trackers call this run, by tracker; those without a name for it are left out."""
+        found = {name: str(getattr(member, "run_id", "")) for name, member in self._members.items()}
+        return {name: run_id for name, run_id in found.items() if run_id}
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Hand one step's metrics to every tracker, `tracking/failures` included once there are some."""

@@ -27,7 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf.metrics import duration, show
-from rlhf.tracking.base import Shown, choose
+from rlhf.tracking.base import Continued, Shown, choose
 from rlhf.tracking.config import TrackingConfig
 from rollout.types import Group
 
@@ -94,7 +94,7 @@ class ConsoleTracker:
         self._pace = Pace(0)
         self._bar: Progress | None = None
 
-    def start(self, config: dict[str, Any], folder: Path) -> None:
+    def start(self, config: dict[str, Any], folder: Path, continued: Continued | None = None) -> None:
         """Say where the run lives and, on a terminal, start the bar up to `config["loop"]["steps"]`."""
         self._steps = int(config["loop"]["steps"])
         self._pace = Pace(self._steps)

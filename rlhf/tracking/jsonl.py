@@ -14,7 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from rlhf.tracking.base import choose
+from rlhf.files import replace_text
+from rlhf.tracking.base import Continued, choose
 from rlhf.tracking.config import TrackingConfig
 from rollout.types import Group
 
@@ -31,8 +32,10 @@ class JsonlTracker:
         self._metrics: IO[str] | None = None
         self._completions: IO[str] | None = None
 
-    def start(self, config: dict[str, Any], folder: Path) -> None:
-        """Open both files to append; a line that a killed run left unfinished is cut off first."""
+    def start(self, config: dict[str, Any], folder: Path, continued: Continued | None = None) -> None:
+        """Open both files to append; a line that a killed run left unfinished is cut off first.
+
+        Of a resumed run, whoever resumes has called `cut_back`."""
         self._metrics = _append_to(folder / METRICS)
         self._completions = _append_to(folder / COMPLETIONS)
 
@@ -81,6 +84,15 @@ def read(path: Path) -> list[dict[str, float]]:
         else:
             rows.append(row)
     return rows
+
+
+def cut_back(folder: Path, step: int) -> None:
+    """Leave out the rows after `step` of both files, and a last line that has no newline; each at once."""
+    for path in (folder / METRICS, folder / COMPLETIONS):
+        if path.exists():
+            lines = enumerate(_whole_lines(path), start=1)
+            kept = [line for number, line in lines if _decode(path, number, line)["step"] <= step]
+            replace_text(path, "".join(line + "\n" for line in kept))
 
 
 def _decode(path: Path, number: int, line: str) -> dict[str, float]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.tracking.base import Shown, choose
+from rlhf.tracking.base import Continued, Shown, choose
 from rlhf.tracking.config import TrackingConfig
 from rollout.types import Group
 
@@ -26,11 +26,13 @@ class TensorBoardTracker:
         self._shown = config.completions_shown
         self._writer: SummaryWriter | None = None
 
-    def start(self, config: dict[str, Any], folder: Path) -> None:
-        """Open the event file and store the configuration as text."""
+    def start(self, config: dict[str, Any], folder: Path, continued: Continued | None = None) -> None:
+        """Open the event file and store the configuration as text; TensorBoard hides what is void."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / FOLDER))
+        self._writer = SummaryWriter(
+            str(folder / FOLDER), purge_step=continued.step + 1 if continued else None
+        )
         text = json.dumps(config, indent=2, default=str).replace("\n", "\n    ")
         self._writer.add_text("config", f"    {text}", global_step=0)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.tracking.base import Shown, choose, finite
+from rlhf.tracking.base import Continued, Shown, choose, finite
 from rlhf.tracking.config import TrackingConfig
 from rollout.types import Group
 
@@ -19,7 +19,7 @@ class TrackioTracker:
         self._config = config
         self._run: Any = None
 
-    def start(self, config: dict[str, Any], folder: Path) -> None:
+    def start(self, config: dict[str, Any], folder: Path, continued: Continued | None = None) -> None:
         """Open the run. Machine metrics are ours (`memory/*`), so trackio's own are off."""
         import trackio
 
@@ -27,6 +27,7 @@ class TrackioTracker:
             project=self._config.project,
             name=folder.name,
             config=config,
+            resume="allow" if continued else "never",
             embed=False,
             auto_log_cpu=False,
             auto_log_gpu=False,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.tracking.base import Shown, choose
+from rlhf.tracking.base import Continued, Shown, choose
 from rlhf.tracking.config import TrackingConfig
 from rollout.types import Group
 
@@ -18,9 +18,12 @@ class WandbTracker:
         """`config.project` is the W&B project."""
         self._config = config
         self._run: Any = None
+        self.run_id = ""
+        """W&B's id of the run."""
 
-    def start(self, config: dict[str, Any], folder: Path) -> None:
-        """Open the run. Raises what wandb raises when it cannot log in."""
+    def start(self, config: dict[str, Any], folder: Path, continued: Continued | None = None) -> None:
+        """Open the run, or a resumed one's again: W&B ignores steps that it has. Raises what wandb raises
+        when it cannot log in."""
         import wandb
 
         self._run = wandb.init(
@@ -28,8 +31,11 @@ class WandbTracker:
             name=folder.name,
             dir=str(folder),
             config=config,
+            id=continued.run_id if continued and continued.run_id else None,
+            resume="allow" if continued else None,
             settings=wandb.Settings(console="off"),
         )
+        self.run_id = str(self._run.id)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """One history row."""

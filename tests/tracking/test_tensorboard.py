@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from rlhf.tracking.base import Continued
 from rlhf.tracking.config import TrackingConfig
 from rlhf.tracking.tensorboard import TensorBoardTracker
 from tests.tracking.samples import group
@@ -38,6 +39,21 @@ def test_scalars_and_texts_are_read_back_by_tensorboard(tmp_path: Path) -> None:
     assert math.isnan(found.Scalars("learner/grad_norm")[0].value)
     assert '"steps": 3' in _text(found, "config")
     assert "| 2 &lt;b>\\|<br>end | 2 | 1 | 1 | kept |" in _text(found, "completions")
+
+
+def test_what_came_after_the_checkpoint_is_hidden(tmp_path: Path) -> None:
+    for continued, steps in ((None, range(5)), (Continued(step=2), range(3, 4))):
+        tracker = TensorBoardTracker(TrackingConfig())
+        tracker.start({}, tmp_path, continued)
+        for step in steps:
+            tracker.log(step, {"train/accuracy": step + (10 if continued else 0)})
+        tracker.close()
+    assert [(e.step, e.value) for e in _read(tmp_path).Scalars("train/accuracy")] == [
+        (0, 0),
+        (1, 1),
+        (2, 2),
+        (3, 13),
+    ]
 
 
 def test_logging_before_start_is_an_error() -> None:

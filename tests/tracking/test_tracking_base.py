@@ -10,7 +10,7 @@ import pytest
 
 from rlhf.errors import UserError
 from rlhf.tracking import base, jsonl
-from rlhf.tracking.base import Trackers, build, choose, finite, flatten, installed
+from rlhf.tracking.base import Continued, Trackers, build, choose, finite, flatten, installed
 from rlhf.tracking.config import ALWAYS, TrackingConfig
 from rlhf.tracking.jsonl import JsonlTracker
 from rollout.types import Group
@@ -26,8 +26,11 @@ class FileTracker:
         self.target = Path()
         self.shown: list[int] = []
         self.closed = False
+        self.continued: Continued | None = None
+        self.run_id = ""
 
-    def start(self, config: dict[str, Any], folder: Path) -> None:
+    def start(self, config: dict[str, Any], folder: Path, continued: Continued | None = None) -> None:
+        self.continued = continued
         self.target = folder / "mount" / "numbers.txt"
         self.target.touch()
 
@@ -55,6 +58,19 @@ def test_the_three_always_run_and_named_ones_are_added_once() -> None:
     with pytest.raises(ValueError, match="'file' is registered already"):
         base.register("file", FileTracker)
     del base._FACTORIES["file"]
+
+
+def test_a_resumed_run_goes_on_under_each_trackers_own_id(tmp_path: Path) -> None:
+    (tmp_path / "mount").mkdir()
+    trackers, own = _both(TrackingConfig())
+    assert trackers.run_ids() == {}
+    own.run_id = "abc123"
+    assert trackers.run_ids() == {"own": "abc123"}
+    trackers.start(CONFIG, tmp_path, 4, {"own": "abc123"})
+    assert own.continued == Continued(step=4, run_id="abc123")
+    trackers.start(CONFIG, tmp_path)
+    assert own.continued is None
+    trackers.close()
 
 
 def test_unknown_tracker_names_the_choices() -> None:
