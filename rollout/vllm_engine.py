@@ -112,12 +112,15 @@ class VllmEngine:
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """One completion a request, in the order of `requests`; all are enqueued before the first step.
 
-        Raises ValueError when a prompt and `sampling.max_tokens` exceed `spec.max_model_len`, or when a
-        request names an adapter.
+        Cached prefixes of earlier rounds are dropped: whether one is there moves the last bits, and a round
+        must not depend on what the engine did before it, or a resumed run would differ. Raises ValueError
+        when a prompt and `sampling.max_tokens` exceed `spec.max_model_len`, or when a request names an
+        adapter.
         """
         self._check_requests(requests, sampling)
         parameters = [_sampling_params(sampling, request.seed) for request in requests]
         prompts = [request.prompt_ids for request in requests]
+        self._engine.reset_prefix_cache()
         return [_completion(output) for output in self._run(prompts, parameters)]
 
     def score(self, sequences: Sequence[list[int]], temperature: float = 1.0) -> list[list[float]]:
