@@ -6,6 +6,7 @@ that started it. Messages are pickled by `multiprocessing.Connection`; both ends
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -14,6 +15,7 @@ import signal
 import sys
 import traceback
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from rollout.vllm_engine import EngineSpec, VllmEngine
@@ -45,6 +47,17 @@ def die_with_parent(parent: int) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # it ended before the request was made
         os._exit(1)
+
+
+def forget_openmp_file() -> None:
+    """Start Intel's OpenMP, where it is preloaded, and remove the file in `/dev/shm` that it makes.
+
+    It serves nothing but to find a second copy of that library in the process, and would outlive a kill.
+    """
+    with contextlib.suppress(AttributeError):  # another OpenMP, or none
+        ctypes.CDLL(None).omp_get_max_threads()
+    for file in Path("/dev/shm").glob(f"__KMP_REGISTERED_LIB_{os.getpid()}_*"):
+        file.unlink(missing_ok=True)
 
 
 def serve(connection: Connection) -> None:
@@ -98,6 +111,7 @@ def main() -> None:
     """Entry point."""
     descriptor, parent = int(sys.argv[1]), int(sys.argv[2])
     die_with_parent(parent)
+    forget_openmp_file()
     os.set_inheritable(descriptor, False)
     serve(Connection(descriptor))
     sys.stdout.flush()
