@@ -15,6 +15,15 @@ class RunStoppedError(Exception):
     """A run that must not go on: weights that did not arrive, a dead engine, a loss that is not finite."""
 
 
+class InterruptedRunError(KeyboardInterrupt):
+    """A run that a signal ended; the text says how to go on."""
+
+    def __init__(self, sentence: str, status: int) -> None:
+        """`status`: exit status of the command, 128 + the signal."""
+        super().__init__(sentence)
+        self.status = status
+
+
 @contextmanager
 def clear_sentences() -> Iterator[None]:
     """Lower layers say what the user can mend with `ValueError`; here it becomes a `UserError`.
