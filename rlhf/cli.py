@@ -8,16 +8,18 @@ from collections.abc import Callable, Sequence
 
 _TRAIN = """example:
   rlhf train dapo/arithmetic learner.optimizer.lr=2e-6 algorithm.clip.high=0.28
-  rlhf train ./mine.yaml loop.steps=20 --dry-run"""
+  rlhf train ./mine.yaml loop.steps=20 --dry-run
+  rlhf train dapo/arithmetic resume=auto    # goes on with a run that was ended"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command and return its exit status.
 
-    0; 2 after a sentence about what the user can mend; 1 when a run had to stop; 130 after Ctrl-C.
+    0; 2 after a sentence about what the user can mend; 1 when a run had to stop; 130 after Ctrl-C and 143
+    after SIGTERM.
     """
     arguments = _parser().parse_args(_flags_first(sys.argv[1:] if argv is None else argv))
-    from rlhf.errors import RunStoppedError, UserError
+    from rlhf.errors import InterruptedRunError, RunStoppedError, UserError
 
     try:
         command: Callable[[argparse.Namespace], int] = arguments.command
@@ -28,8 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunStoppedError as error:
         print(f"rlhf: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt as error:
-        print(f"rlhf: {str(error) or 'interrupted.'}", file=sys.stderr)
+    except InterruptedRunError as error:
+        print(f"rlhf: {error}", file=sys.stderr)
+        return error.status
+    except KeyboardInterrupt:
+        print("rlhf: interrupted.", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 0

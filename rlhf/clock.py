@@ -31,7 +31,8 @@ class Clock:
         """Start the first step. `elapsed`: seconds of the run that a resumed clock goes on from."""
         self._now = now
         self._mark = now()
-        self._elapsed = elapsed
+        self.elapsed = elapsed
+        """Seconds of the run up to the end of the last closed step."""
         self._seconds: dict[str, float] = {}
         self._open: list[str] = []
         self._thread = threading.get_ident()
@@ -65,10 +66,10 @@ class Clock:
         self._charge()
         self._seconds.setdefault(OTHER, 0.0)
         step = sum(self._seconds.values())
-        self._elapsed += step
+        self.elapsed += step
         found = {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
         self._seconds = {}
-        return {**found, "time/step": step, "time/elapsed": self._elapsed}
+        return {**found, "time/step": step, "time/elapsed": self.elapsed}
 
     def _charge(self) -> None:
         """Give the time since the last mark to the phase that was open."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from rlhf.algorithms.config import AlgorithmConfig, OldLogprobs
+from rlhf.checkpoint import CheckpointConfig
 from rlhf.data.config import DataConfig
 from rlhf.evaluation.config import EvaluationConfig
 from rlhf.models import ModelConfig
@@ -32,7 +33,8 @@ class RunConfig:
     name: str = ""
     """Name of the run, in `runs/<name>`; empty takes the recipe's, numbered when it is taken."""
     dir: str = ""
-    """Folder of the run, instead of `runs/<name>`. One that already holds a run is refused."""
+    """Folder of the run, instead of `runs/<name>`. One that already holds a run is refused, unless `resume`
+    goes on with it."""
     seed: int = 0
     """Seeds the order of prompts, every sampled response and the learner. At least 0."""
 
@@ -103,9 +105,11 @@ class Config:
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     resume: str = "never"
-    """Whether to go on from an earlier run. `never`, the only value so far, starts anew."""
+    """`never` starts anew. `auto` goes on from the last whole checkpoint of the run's folder, or starts anew
+    where there is no run. A step goes on from that checkpoint; what the run did after it is removed."""
 
     @property
     def longest_response(self) -> tuple[str, int]:
@@ -135,6 +139,7 @@ def check(config: Config) -> list[str]:
         config.learner,
         config.loop,
         config.evaluation,
+        config.checkpoint,
         config.tracking,
     ]
     own = [sentence for section in sections for sentence in section.check()]
@@ -144,8 +149,8 @@ def check(config: Config) -> list[str]:
 def _across(config: Config) -> Iterator[str]:
     """Impossible combinations of keys in different sections."""
     algorithm, loop, rollout = config.algorithm, config.loop, config.rollout
-    if config.resume != "never":
-        yield f"resume={config.resume} is not available: set resume=never and start anew."
+    if config.resume not in ("never", "auto") and not config.resume.isdecimal():
+        yield f"resume={config.resume} is not known: set never, auto, or a checkpoint's step (resume=40)."
     if config.run.seed < 0:
         yield f"run.seed={config.run.seed} must be at least 0: raise it."
     if algorithm.overlong.buffer > rollout.max_new_tokens:
@@ -188,6 +193,11 @@ def _across(config: Config) -> Iterator[str]:
         yield (
             f"learner.lora.rank={config.learner.lora.rank} asks for a fresh adapter and "
             f"model.adapter={config.model.adapter} for an old one: set learner.lora.rank=0 to continue it."
+        )
+    if config.checkpoint.save_best and not (config.evaluation.every or config.evaluation.at_end):
+        yield (
+            "checkpoint.save_best=true needs evaluations to choose by but evaluation.every=0 and "
+            "evaluation.at_end=false: set evaluation.every."
         )
 
 

@@ -41,11 +41,9 @@ class Summary:
 
 
 def train(run: Run) -> Summary:
-    """Train until `loop.steps`, or until selection or the data say that nothing is left to learn from."""
-    publish(run)
-    evaluate_if_due(run)
-    close_step(run)
-    while not run.finished:
+    """Train until `loop.steps`, a signal, or until selection or the data leave nothing to learn from."""
+    begin(run)
+    while run.goes_on:
         selection = collect(run)
         record(run, selection)
         learn(run, selection.groups)
@@ -53,10 +51,18 @@ def train(run: Run) -> Summary:
         run.step += 1
         run.stopped = selection.stop or run.ran_dry(selection.groups)
         evaluate_if_due(run)
-        if run.finished:
-            save(run)
         close_step(run)
+        checkpoint_if_due(run)
+    checkpoint_if_due(run, last=True)
     return summarize(run)
+
+
+def begin(run: Run) -> None:
+    """Prove the channel to the engines; a new run is evaluated before its first step."""
+    publish(run)
+    if not run.resumed:
+        evaluate_if_due(run)
+        close_step(run)
 
 
 def collect(run: Run) -> Selection:
@@ -155,14 +161,15 @@ def evaluate_if_due(run: Run) -> None:
             run.heldout, run.answer, run.scorer.score, sampling, step=run.step, graders=run.graders
         )
         result.write(run.folder)
-    run.evaluations[run.step] = result
+    run.accuracies[run.step] = result.accuracy
     run.metrics |= result.metrics()
 
 
-def save(run: Run) -> None:
-    """Write the model as a Hugging Face folder."""
-    with run.clock("checkpoint"):
-        run.learner.save(run.folder / "checkpoints" / f"step-{run.step}", run.tokenizer)
+def checkpoint_if_due(run: Run, last: bool = False) -> None:
+    """Save model and training state, after the step's books are closed: its seconds are the next step's."""
+    if run.checkpoints.due(run.step, run.accuracies, last=last):
+        with run.clock("checkpoint"):
+            run.checkpoints.write(run.step, run.save, run.accuracies)
 
 
 def close_step(run: Run) -> None:
@@ -176,7 +183,7 @@ def close_step(run: Run) -> None:
 
 def summarize(run: Run) -> Summary:
     """What came out."""
-    accuracies = [run.evaluations[step].accuracy for step in sorted(run.evaluations)]
+    accuracies = [run.accuracies[step] for step in sorted(run.accuracies)]
     return Summary(
         folder=run.folder,
         steps=run.step,

@@ -148,7 +148,7 @@ time/update | seconds | forward, backward, optimizer
 time/publish | seconds | weight transfer and probe
 time/record | seconds | writing rollouts
 time/evaluation | seconds | answering and grading the problems of `evaluation.split`
-time/checkpoint | seconds | saving
+time/checkpoint | seconds | saving the checkpoint of the step before
 time/tracking | seconds | the trackers
 time/other | seconds | everything outside a named phase
 time/step | seconds | the whole step

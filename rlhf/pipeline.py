@@ -15,24 +15,27 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from rlhf import environment, models, report
+from rlhf import environment, models, report, resume, state_file
 from rlhf.algorithms.dynamic_sampling import Selector
 from rlhf.algorithms.losses import build_loss
+from rlhf.checkpoint import Checkpoints
 from rlhf.clock import Clock
 from rlhf.compose import to_dict, to_yaml
 from rlhf.config import Config
 from rlhf.data.cursor import Cursor
 from rlhf.data.prompts import PromptBuilder
 from rlhf.data.splits import Splits, load_splits
-from rlhf.errors import RunStoppedError, UserError, clear_sentences
+from rlhf.errors import InterruptedRunError, RunStoppedError, UserError, clear_sentences
 from rlhf.evaluation.config import Split
 from rlhf.evaluation.graders import second_opinions
 from rlhf.evaluation.runner import Evaluation, evaluate, sampling_for
+from rlhf.files import replace_text
 from rlhf.loop import Summary, train
 from rlhf.memory import MemoryMonitor
 from rlhf.models import ResolvedModel
 from rlhf.placement import Placement, place
 from rlhf.preflight import check_length, claim_run_folder, config_file, source_names
+from rlhf.resume import FolderLock
 from rlhf.rewards.base import Scorer
 from rlhf.rewards.config import RewardPartConfig
 from rlhf.run import Run
@@ -64,20 +67,32 @@ def train_config(
 ) -> Summary:
     """Build and train a configuration.
 
-    Raises `UserError` when it does not fit this machine or data, `RunStoppedError` when it must not go on.
+    Raises `UserError` when it does not fit this machine or data, `RunStoppedError` when it must not go on,
+    `InterruptedRunError` (a `KeyboardInterrupt`) when SIGINT or SIGTERM ended it.
     """
     with _stopping(lambda: "the run could not start"), clear_sentences():
         run = build(config, recipe, reward=reward, dataset=dataset)
     try:
-        with _stopping(lambda: f"the run stopped in step {run.step + 1}"), run.memory:
-            return train(run)
+        with _stopping(lambda: f"the run stopped in step {run.step + 1}"), run.memory, run.interruption:
+            summary = train(run)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"interrupted in step {run.step + 1}; {run.folder} keeps what was logged."
-        ) from None
+        raise _interrupted(run, f"interrupted in step {run.step + 1}") from None
     finally:
         run.close()
         _write_report(run.folder)
+    if not run.finished:
+        raise _interrupted(run, f"interrupted after step {run.step} of {config.loop.steps}")
+    return summary
+
+
+def _interrupted(run: Run, what: str) -> InterruptedRunError:
+    """`what` happened and how to go on."""
+    saved = run.checkpoints.steps()
+    where = f"after step {saved[-1]}" if saved else "from the beginning, nothing is saved yet"
+    return InterruptedRunError(
+        f"{what}: the same command with run.dir={run.folder} resume=auto goes on {where}.",
+        run.interruption.status,
+    )
 
 
 def evaluate_config(config: Config) -> str:
@@ -137,21 +152,24 @@ def build(
         prompts, heldout = _prompts(config, splits, tokenizer)
         placement = _placement(config)
         folder = claim_run_folder(config, recipe)
-        opened.callback(config_file(folder).unlink, missing_ok=True)  # what fails to load may be tried again
+        lock = opened.enter_context(closing(FolderLock(folder)))
+        start = resume.find(config, folder)
+        if start is None:  # what fails to load may be tried again
+            opened.callback(config_file(folder).unlink, missing_ok=True)
         learner, engines = _learner_and_engines(config, resolved, folder, placement)
         pool = opened.enter_context(closing(LocalPool(engines, config.run.seed)))
         probe = _probe(config, prompts, tokenizer)
         publisher = opened.enter_context(
             closing(_publisher(config, engines, probe, learner, placement, folder))
         )
-        _write_records(config, folder, resolved, scorer)
         sampling = config.rollout.sampling(models.end_token_ids(tokenizer, resolved.folder))
         _announce(resolved, splits, engines, sampling, learner)
-        trackers.start(to_dict(config), folder)
         clock = Clock()
         run = Run(
             config=config,
             folder=folder,
+            lock=lock,
+            checkpoints=Checkpoints(folder, config.checkpoint),
             prompts=prompts,
             heldout=heldout,
             cursor=_cursor(config, splits, prompts),
@@ -168,8 +186,21 @@ def build(
             clock=clock,
             memory=MemoryMonitor(phase=lambda: clock.phase),
         )
+        run_ids = _go_on(run, start) if start else {}
+        _write_records(config, folder, resolved, scorer)
+        trackers.start(to_dict(config), folder, start.step if start else None, run_ids)
         opened.pop_all()
         return run
+
+
+def _go_on(run: Run, start: resume.Start) -> dict[str, str]:
+    """Bring the run to where it begins and remove what was recorded after that; its names in trackers."""
+    state = state_file.read(start.state) if start.state else {}
+    if state:
+        run.load_state_dict(state)
+        logger.info("%s goes on after step %d.", run.folder, start.step)
+    resume.cut_back(run.folder, start.step)
+    return state.get("trackers", {})
 
 
 def _cursor(config: Config, splits: Splits, prompts: dict[str, list[Prompt]]) -> Cursor:
@@ -331,7 +362,7 @@ def _write_records(config: Config, folder: Path, resolved: ResolvedModel, scorer
     """What ran: every key, the model, the graders by version, the machine."""
     graders = ", ".join(f"{part}={label}" for part, label in scorer.graders().items())
     head = f"# @package _global_\n# model: {resolved.description}\n# graders: {graders}\n"
-    config_file(folder).write_text(head + to_yaml(config))
+    replace_text(config_file(folder), head + to_yaml(config))
     environment.write(folder)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
-from rlhf import models
+from rlhf import models, resume
 from rlhf.config import Config
 from rlhf.data.splits import Splits, load_splits
 from rlhf.errors import UserError, clear_sentences
@@ -26,30 +27,66 @@ def dry_run(config: Config, recipe: str) -> str:
         with Scorer(config.reward) as scorer:
             scorer.check_sources(source_names(splits))
         build_trackers(config.tracking).close()
-    return "\n".join([f"{recipe} can run; it would write to {folder}.", *splits.lines()])
+        start = resume.find(config, folder)
+    where = f"it would write to {folder}" if start is None else f"it would go on in {folder} {_after(start)}"
+    return "\n".join([f"{recipe} can run; {where}.", *splits.lines()])
+
+
+def _after(start: resume.Start) -> str:
+    return f"after step {start.step}" if start.step >= 0 else "from its beginning"
 
 
 def run_folder(config: Config, recipe: str) -> Path:
     """`run.dir`, or `runs/<name>`, or for a run without a name the first free `runs/<recipe>`, `-2`, `-3` …
 
-    Raises `UserError` when a folder that was asked for holds a run already: nothing is ever overwritten.
+    With `resume` it is the last of these that holds a run. Raises `UserError` when a new run asked for a
+    folder that holds one already (nothing is ever overwritten), or a step for a folder that holds none.
     """
+    if config.resume != "never":
+        return _folder_to_resume(config, recipe)
     if config.run.dir or config.run.name:
-        folder = Path(config.run.dir) if config.run.dir else Path("runs") / config.run.name
+        folder = _named_folder(config)
         if _holds_run(folder):
             key = f"run.dir={folder}" if config.run.dir else f"run.name={config.run.name}"
-            raise UserError(f"{key}: {folder} already holds a run: choose another, or move it away.")
+            raise UserError(
+                f"{key}: {folder} already holds a run: choose another, or go on with it (resume=auto)."
+            )
         return folder
+    return next(folder for folder in _numbered_folders(recipe) if not _holds_run(folder))
+
+
+def _folder_to_resume(config: Config, recipe: str) -> Path:
+    if config.run.dir or config.run.name:
+        folder = _named_folder(config)
+    else:
+        taken = list(itertools.takewhile(_holds_run, _numbered_folders(recipe)))
+        folder = taken[-1] if taken else next(_numbered_folders(recipe))
+    if config.resume != "auto" and not resume.recorded(folder):
+        raise UserError(
+            f"resume={config.resume}: {folder} holds no run: name the run's folder with run.dir, or start "
+            f"anew with resume=never."
+        )
+    return folder
+
+
+def _named_folder(config: Config) -> Path:
+    return Path(config.run.dir) if config.run.dir else Path("runs") / config.run.name
+
+
+def _numbered_folders(recipe: str) -> Iterator[Path]:
+    """`runs/<recipe>`, `-2`, `-3` and so on."""
     is_file = recipe.endswith(".yaml")
     base = Path("runs") / (Path(recipe).stem if is_file else recipe.replace("/", "-"))
-    candidates = (base if n == 1 else base.with_name(f"{base.name}-{n}") for n in itertools.count(1))
-    return next(folder for folder in candidates if not _holds_run(folder))
+    yield base
+    for number in itertools.count(2):
+        yield base.with_name(f"{base.name}-{number}")
 
 
 def claim_run_folder(config: Config, recipe: str) -> Path:
     """Make `run_folder` and take it with an empty `config.yaml`: of two runs that start together one gets it.
 
-    The other gets the next number, or `UserError` where it asked for that folder.
+    The other gets the next number, or `UserError` where it asked for that folder. With `resume` the folder
+    may hold a run.
     """
     while True:
         folder = run_folder(config, recipe)
@@ -58,7 +95,7 @@ def claim_run_folder(config: Config, recipe: str) -> Path:
         except OSError as error:
             raise _cannot_create(folder, error) from error
         try:
-            config_file(folder).touch(exist_ok=False)
+            config_file(folder).touch(exist_ok=config.resume != "never")
         except FileExistsError:
             continue
         except OSError as error:

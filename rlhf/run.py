@@ -11,12 +11,16 @@ from typing import Any
 
 import torch
 
+from rlhf import randomness, state_file
 from rlhf.algorithms.dynamic_sampling import Selector
+from rlhf.checkpoint import STATE, Checkpoints
 from rlhf.clock import Clock
 from rlhf.config import Config
 from rlhf.data.cursor import Cursor, Pick
-from rlhf.evaluation.runner import Evaluation, Grader
+from rlhf.evaluation.runner import Grader
+from rlhf.interruption import Interruption
 from rlhf.memory import MemoryMonitor
+from rlhf.resume import FolderLock
 from rlhf.rewards.base import Scorer
 from rlhf.tracking.base import Trackers
 from rollout.engine import Sampling
@@ -30,12 +34,18 @@ from trainer.model import WeightStream
 logger = logging.getLogger(__name__)
 
 
+_COUNTERS = ("step", "stopped", "shortages", "last_metrics", "accuracies")
+"""Plain values of a `Run` that a checkpoint holds as they are."""
+
+
 @dataclass(slots=True, kw_only=True)
 class Run:
     """Everything that a run holds, built by `rlhf.pipeline` and driven by `rlhf.loop`."""
 
     config: Config
     folder: Path
+    lock: FolderLock
+    checkpoints: Checkpoints
     prompts: dict[str, list[Prompt]]
     """Training prompts by source."""
     heldout: list[Prompt]
@@ -54,6 +64,9 @@ class Run:
     recorder: Recorder
     clock: Clock
     memory: MemoryMonitor
+    interruption: Interruption = field(default_factory=Interruption)
+    resumed: bool = False
+    """Whether the run goes on from a checkpoint: what precedes its next step is logged already."""
     step: int = 0
     """Rollout steps finished."""
     stopped: bool = False
@@ -64,12 +77,18 @@ class Run:
     """What the step in progress has measured so far."""
     last_metrics: dict[str, float] = field(default_factory=dict)
     """What the last closed step measured."""
-    evaluations: dict[int, Evaluation] = field(default_factory=dict)
+    accuracies: dict[int, float] = field(default_factory=dict)
+    """Of all evaluations, by step."""
 
     @property
     def finished(self) -> bool:
         """Whether no step is left."""
         return self.stopped or self.step >= self.config.loop.steps
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether another step is to be made now: one is left and no signal has asked to end."""
+        return not self.finished and self.interruption.received is None
 
     def generate(self, picks: Sequence[Pick]) -> list[Group]:
         """One group of `loop.group_size` responses to each pick, seeded by the pick's serial number."""
@@ -125,25 +144,42 @@ class Run:
             self.say(f"The training data ran out (data.epochs={self.config.data.epochs}): the run ends.")
         return dry
 
+    def save(self, folder: Path) -> None:
+        """Write the model as a Hugging Face folder, and inside it what a resumed run needs."""
+        self.learner.save(folder, self.tokenizer)
+        state_file.write(folder / STATE, self.state_dict())
+
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs beside its configuration. Sampling has no state: seeds are hashes."""
         return {
-            "step": self.step,
+            "counters": {name: getattr(self, name) for name in _COUNTERS},
+            "version": self.publisher.version,
+            "elapsed": self.clock.elapsed,
             "learner": self.learner.state_dict(),
             "cursor": self.cursor.state_dict(),
             "selector": self.selector.state_dict(),
+            "trackers": self.trackers.run_ids(),
+            "randomness": randomness.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict()` of a run with the same configuration."""
-        self.step = state["step"]
+        """Go on from `state_dict()` of a run with the same configuration.
+
+        The first publish brings these weights to the engines, under the version that they had.
+        """
+        for name in _COUNTERS:
+            setattr(self, name, state["counters"][name])
+        self.publisher.version = state["version"] - 1
+        self.clock.elapsed = state["elapsed"]
         self.learner.load_state_dict(state["learner"])
         self.cursor.load_state_dict(state["cursor"])
         self.selector.load_state_dict(state["selector"])
+        randomness.load_state_dict(state["randomness"])
+        self.resumed = True
 
     def close(self) -> None:
         """Release engines, graders and trackers, whatever happened before."""
-        for part in (self.trackers, self.publisher, self.pool, self.scorer):
+        for part in (self.trackers, self.publisher, self.pool, self.scorer, self.lock):
             try:
                 part.close()
             except Exception:

@@ -127,7 +127,20 @@ CASES = [
         "rollout.engines=2 with rollout.process=inprocess: one process holds one engine; use rollout.process=child.",
     ),
     (["loop.staleness=1"], "loop.staleness=1 is not available: set loop.staleness=0 (synchronous)."),
-    (["resume=auto"], "resume=auto is not available: set resume=never and start anew."),
+    (["resume=yes"], "resume=yes is not known: set never, auto, or a checkpoint's step (resume=40)."),
+    (
+        ["resume=4"],
+        "resume=4: runs/dapo-tiny holds no run: name the run's folder with run.dir, or start anew with resume=never.",
+    ),
+    (
+        ["checkpoint.every=-1"],
+        "checkpoint.every=-1 is negative: set a number of steps, or 0 to save at the end only.",
+    ),
+    (["checkpoint.keep=0"], "checkpoint.keep=0 must be at least 1: raise it."),
+    (
+        ["checkpoint.save_best=true", "evaluation.every=0", "evaluation.at_end=false"],
+        "checkpoint.save_best=true needs evaluations to choose by but evaluation.every=0 and evaluation.at_end=false: set evaluation.every.",
+    ),
     (["data.path=nowhere.txt"], "data.path=nowhere.txt is neither a task"),
     (
         ["reward.accuracy_from=style"],

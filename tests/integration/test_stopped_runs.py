@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,8 +11,10 @@ import pytest
 
 import rlhf
 from rlhf import loop, pipeline
+from rlhf.checkpoint import Checkpoints
+from rlhf.cli import main
 from rlhf.compose import load
-from rlhf.errors import RunStoppedError, UserError
+from rlhf.errors import InterruptedRunError, RunStoppedError, UserError
 from rlhf.run import Run
 from rlhf.tracking.jsonl import read
 from rollout import recorder
@@ -58,10 +61,49 @@ def test_what_learning_failed_on_is_recorded_and_reported(monkeypatch: pytest.Mo
 
 def test_an_interrupted_run_says_where_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Learner, "update", fails(KeyboardInterrupt()))
-    with pytest.raises(KeyboardInterrupt) as caught:
+    with pytest.raises(InterruptedRunError) as caught:
         rlhf.train(TINY, {"loop.steps": 2})
-    assert str(caught.value) == f"interrupted in step 1; {FOLDER} keeps what was logged."
+    assert str(caught.value) == (
+        f"interrupted in step 1: the same command with run.dir={FOLDER} resume=auto goes on from the "
+        f"beginning, nothing is saved yet."
+    )
+    assert caught.value.status == 130
     assert (FOLDER / "report.md").is_file()
+
+
+def test_a_second_signal_stops_at_once_and_the_last_checkpoint_stands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    update, handler = Learner.update, signal.getsignal(signal.SIGTERM)
+
+    def impatient(self: Learner, batches: Any) -> Any:
+        if self.rollout_step == 1:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+        return update(self, batches)
+
+    monkeypatch.setattr(Learner, "update", impatient)
+    assert main(["train", TINY, "loop.steps=3", "checkpoint.every=1"]) == 143
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"rlhf: interrupted in step 2: the same command with run.dir={FOLDER} resume=auto goes on after "
+        f"step 1."
+    )
+    assert Checkpoints(FOLDER).problem(1) == ""
+    assert signal.getsignal(signal.SIGTERM) is handler
+    monkeypatch.setattr(Learner, "update", update)
+    assert rlhf.train(TINY, {"loop.steps": 2, "checkpoint.every": 1, "resume": "auto"}).steps == 2
+
+
+def test_a_finished_run_is_resumed_to_the_same_summary_and_to_more_steps(capsys: Any) -> None:
+    overrides = {"loop.steps": 1, "evaluation.every": 0}
+    first = rlhf.train(TINY, overrides)
+    rows = read(FOLDER / "metrics.jsonl")
+    assert rlhf.train(TINY, {**overrides, "resume": "auto"}) == first
+    assert read(FOLDER / "metrics.jsonl") == rows
+    more = rlhf.train(TINY, {**overrides, "resume": 1, "loop.steps": 2})
+    assert (more.folder, more.steps, more.first_accuracy) == (FOLDER, 2, first.first_accuracy)
+    assert [row["step"] for row in read(FOLDER / "metrics.jsonl")] == [0, 1, 2]
+    assert [row["weights/version"] for row in read(FOLDER / "metrics.jsonl")] == [1, 2, 3]
 
 
 def test_a_run_ends_when_its_data_end(caplog: pytest.LogCaptureFixture) -> None:

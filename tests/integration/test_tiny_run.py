@@ -16,11 +16,12 @@ from rlhf import metrics as naming
 from rlhf.tracking.jsonl import read
 from rollout import recorder
 
-FAST = ["loop.steps=3", "evaluation.every=2"]
+FAST = ["loop.steps=3", "evaluation.every=2", "checkpoint.every=2"]
 
 OPTIONAL = {
     "policy/kl_reference": "a reference model",
     "weights/merge_gap": "LoRA",
+    "memory/peak_<phase>": "a sample, taken once a second, inside a step",
     "memory/device_allocated": "CUDA",
     "memory/device_peak": "CUDA",
     "tracking/failures": "a tracker that failed",
@@ -132,6 +133,7 @@ def test_the_saved_model_evaluates_like_the_run_did(finished: Path) -> None:
 def test_export_writes_a_model_folder(finished: Path, tmp_path: Path) -> None:
     done = run_cli("export", str(finished), "--to", str(tmp_path / "out"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "out" / "training_state").exists()
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
         finished / "checkpoints" / "step-3" / "model.safetensors"
     ).read_bytes()

@@ -1,0 +1,193 @@
+"""Runs that signals end and `resume=auto` goes on with: equal to the uninterrupted one, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from rlhf import metrics as naming
+from rlhf import state_file
+from rlhf.checkpoint import STATE, Checkpoints
+from rlhf.tracking.jsonl import read
+from rollout import recorder
+
+STEPS = 6
+RUN = [
+    "train", "dapo/tiny", f"loop.steps={STEPS}", "checkpoint.every=2", "checkpoint.keep=9",
+    "evaluation.every=2", "algorithm.dynamic_sampling.oversample=2",
+    "algorithm.dynamic_sampling.surplus=carry", "learner.schedule.name=linear",
+]  # fmt: skip
+"""Carries groups over and changes the learning rate, so that these must be resumed too."""
+
+
+GRADED_APART = [
+    "reward.parts.style.kind=format",
+    "reward.parts.style.args.pattern='.+'",
+    "reward.accuracy_from=exact",
+]
+"""A part that is graded in processes of its own."""
+
+
+def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
+    """A run in a session of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "rlhf.cli", *RUN, f"run.dir={folder}", *overrides],
+        cwd=folder.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], status: int = 0) -> str:
+    """Wait for the end; returns what was said on standard error."""
+    said = process.communicate(timeout=240)[1]
+    assert process.returncode == status, said
+    return said
+
+
+def wait_for(process: subprocess.Popen[str], folder: Path, step: int) -> None:
+    """Until `step` is logged, or the run has ended."""
+    path = folder / "metrics.jsonl"
+    limit = time.monotonic() + 200
+    while process.poll() is None and time.monotonic() < limit:
+        if path.exists() and any(row["step"] >= step for row in read(path)):
+            return
+        time.sleep(0.01)
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to the whole process group of the run, no matter what it is doing."""
+    os.killpg(process.pid, signal.SIGKILL)
+    finish(process, -signal.SIGKILL)
+
+
+def steady(row: dict[str, float]) -> dict[str, float]:
+    """A row of metrics without what depends on the clock or the machine."""
+    found = {}
+    for name, value in row.items():
+        metric = naming.lookup(name)
+        if metric and metric.unit != "seconds" and metric.section not in ("memory", "throughput"):
+            found[name] = value
+    return found
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """All that two equal runs have in common."""
+    state = state_file.read(Checkpoints(folder).path(STEPS) / STATE)
+    state["counters"]["last_metrics"] = steady(state["counters"]["last_metrics"])
+    del state["elapsed"], state["randomness"]
+    rollouts = folder / "rollouts"
+    return {
+        "metrics": [{"step": row["step"], **steady(row)} for row in read(folder / "metrics.jsonl")],
+        "weights": _bytes(state["learner"].pop("weights")),
+        "optimizer": _bytes(state["learner"].pop("optimizer")),
+        "state": state,
+        "rollouts": [recorder.read(rollouts, step) for step in recorder.steps(rollouts)],
+        "evaluations": {p.name: p.read_text() for p in sorted((folder / "evaluations").glob("*.jsonl"))},
+        "model": (Checkpoints(folder).path(STEPS) / "model.safetensors").read_bytes(),
+    }
+
+
+def _bytes(value: Any) -> Any:
+    """Nested containers with each tensor as its bytes, which `==` compares to the last bit."""
+    if isinstance(value, dict):
+        return {key: _bytes(item) for key, item in value.items()}
+    return value.numpy().tobytes() if hasattr(value, "numpy") else value
+
+
+def assert_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Part by part, so that a failure names the part."""
+    for ours, theirs in zip(one["metrics"], other["metrics"], strict=True):
+        assert ours == theirs
+    assert [part for part in one if one[part] != other[part]] == []
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a run gives that nothing ended."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    finish(start(folder))
+    return outcome(folder)
+
+
+def test_a_killed_run_equals_the_uninterrupted_one(uninterrupted: dict[str, Any], tmp_path: Path) -> None:
+    moment = random.Random(3)
+    folder = tmp_path / "run"
+    process = start(folder)
+    wait_for(process, folder, moment.randint(3, 5))
+    time.sleep(moment.uniform(0, 0.3))
+    kill(process)
+    said = finish(start(folder, "resume=auto"))
+    assert "goes on after step" in said
+    assert_equal(outcome(folder), uninterrupted)
+
+
+def test_ended_by_sigterm_and_resumed(uninterrupted: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    process = start(folder)
+    wait_for(process, folder, 2)
+    process.send_signal(signal.SIGTERM)
+    said = finish(process, 143).strip().splitlines()[-1]
+    ended = int(read(folder / "metrics.jsonl")[-1]["step"])
+    assert said == (
+        f"rlhf: interrupted after step {ended} of {STEPS}: the same command with run.dir={folder} "
+        f"resume=auto goes on after step {ended}."
+    )
+    assert Checkpoints(folder).steps()[-1] == ended < STEPS
+    assert (folder / "report.md").is_file()
+    assert f"goes on after step {ended}" in finish(start(folder, "resume=auto"))
+    assert Checkpoints(folder).steps()[-1] == STEPS
+    assert_equal(outcome(folder), uninterrupted)
+
+
+def test_another_seed_is_another_run(uninterrupted: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    finish(start(folder, "run.seed=1"))
+    other = outcome(folder)
+    for part in ("metrics", "weights", "optimizer", "rollouts", "model"):
+        assert other[part] != uninterrupted[part], part
+    with pytest.raises(AssertionError):
+        assert_equal(other, uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_three_times(seed: int, uninterrupted: dict[str, Any], tmp_path: Path) -> None:
+    """Also before the first checkpoint, while loading, and while a checkpoint is written."""
+    moment = random.Random(seed)
+    folder = tmp_path / "run"
+    for first, last in ((0, 2), (2, 4), (4, 5)):
+        process = start(folder, "resume=auto")
+        wait_for(process, folder, moment.randint(first, last))
+        time.sleep(moment.uniform(0, 0.3))
+        kill(process)
+    finish(start(folder, "resume=auto"))
+    assert_equal(outcome(folder), uninterrupted)
+
+
+def test_a_killed_run_leaves_no_process_and_no_shared_memory(tmp_path: Path) -> None:
+    shared = Path("/dev/shm")
+    before = set(shared.iterdir()) if shared.is_dir() else set()
+    folder = tmp_path / "run"
+    process = start(folder, "rollout.process=child", *GRADED_APART, "loop.steps=500")
+    wait_for(process, folder, 1)
+    family = psutil.Process(process.pid).children(recursive=True)
+    commands = [" ".join(child.cmdline()) for child in family]
+    assert any("rollout.engine_server" in command for command in commands)
+    kill(process)
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert alive == []
+    assert set(shared.iterdir() if shared.is_dir() else ()) <= before
+    assert not list(folder.glob(".weights-*"))
