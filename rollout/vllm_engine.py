@@ -112,10 +112,10 @@ class VllmEngine:
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """One completion a request, in the order of `requests`; all are enqueued before the first step.
 
-        Cached prefixes of earlier rounds are dropped: whether one is there moves the last bits, and a round
-        must not depend on what the engine did before it, or a resumed run would differ. Raises ValueError
-        when a prompt and `sampling.max_tokens` exceed `spec.max_model_len`, or when a request names an
-        adapter.
+        Cached prefixes of earlier rounds are dropped, which costs one prefill of what prompts share: a round
+        depends on weights and requests alone, so a resumed run's is the same, whatever a kernel makes of a
+        cached part. Raises ValueError when a prompt and `sampling.max_tokens` exceed `spec.max_model_len`, or
+        when a request names an adapter.
         """
         self._check_requests(requests, sampling)
         parameters = [_sampling_params(sampling, request.seed) for request in requests]
