@@ -22,9 +22,13 @@ class Interruption:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interruption:
-        """Begin to listen; on another thread, where Python allows no handlers, do nothing."""
+        """Begin to listen; on another thread, where Python allows no handlers, do nothing.
+
+        A signal that the process was told to ignore (`nohup`, `&`) stays ignored.
+        """
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+            heard = [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+            self._before = {number: signal.signal(number, self._receive) for number in heard}
         return self
 
     def __exit__(
@@ -44,6 +48,6 @@ class Interruption:
         if self.received is not None:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
-        logger.warning(
-            "%s: the step in progress is finished and saved; a second one stops at once.", self.received.name
-        )
+        said = "%s: the step in progress is finished and saved; a second one stops at once."
+        # On a thread of its own: this one may hold the lock of the very stream.
+        threading.Thread(target=logger.warning, args=(said, self.received.name), daemon=True).start()

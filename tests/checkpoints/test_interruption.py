@@ -23,6 +23,17 @@ def test_the_first_is_noted_and_the_second_interrupts(number: signal.Signals, st
     assert [signal.getsignal(each) for each in SIGNALS] == before
 
 
+def test_an_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            signal.raise_signal(signal.SIGINT)
+            assert interruption.received is None
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_another_thread_installs_nothing() -> None:
     before = [signal.getsignal(each) for each in SIGNALS]
 
