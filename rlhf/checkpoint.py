@@ -35,7 +35,8 @@ class CheckpointConfig:
     keep: int = 2
     """How many checkpoints stay, the newest ones. At least 1."""
     save_best: bool = False
-    """Save whenever an evaluation is better than all before it (after step 0), and keep the best one too."""
+    """Save whenever an evaluation is better than all before it (after step 0), and keep the best one too.
+    Needs `evaluation.split=validation`: the held-out set is not for choosing."""
 
     def check(self) -> list[str]:
         """Sentences about values out of range."""

@@ -9,7 +9,7 @@ from typing import Protocol
 from rlhf.algorithms.config import AlgorithmConfig, OldLogprobs
 from rlhf.checkpoint import CheckpointConfig
 from rlhf.data.config import DataConfig
-from rlhf.evaluation.config import EvaluationConfig
+from rlhf.evaluation.config import EvaluationConfig, Split
 from rlhf.models import ModelConfig
 from rlhf.rewards.config import RewardConfig
 from rlhf.tracking.config import TrackingConfig
@@ -193,6 +193,11 @@ def _across(config: Config) -> Iterator[str]:
         yield (
             f"learner.lora.rank={config.learner.lora.rank} asks for a fresh adapter and "
             f"model.adapter={config.model.adapter} for an old one: set learner.lora.rank=0 to continue it."
+        )
+    if config.checkpoint.save_best and config.evaluation.split is Split.heldout:
+        yield (
+            "checkpoint.save_best=true would choose on evaluation.split=heldout, where nothing may be "
+            "chosen: set evaluation.split=validation, and data.validation to a number of problems."
         )
     if config.checkpoint.save_best and not (config.evaluation.every or config.evaluation.at_end):
         yield (

@@ -138,7 +138,16 @@ CASES = [
     ),
     (["checkpoint.keep=0"], "checkpoint.keep=0 must be at least 1: raise it."),
     (
-        ["checkpoint.save_best=true", "evaluation.every=0", "evaluation.at_end=false"],
+        ["checkpoint.save_best=true"],
+        "checkpoint.save_best=true would choose on evaluation.split=heldout, where nothing may be chosen: set evaluation.split=validation, and data.validation to a number of problems.",
+    ),
+    (
+        [
+            "checkpoint.save_best=true",
+            "evaluation.split=validation",
+            "evaluation.every=0",
+            "evaluation.at_end=false",
+        ],
         "checkpoint.save_best=true needs evaluations to choose by but evaluation.every=0 and evaluation.at_end=false: set evaluation.every.",
     ),
     (["data.path=nowhere.txt"], "data.path=nowhere.txt is neither a task"),
