@@ -25,6 +25,7 @@ RUN = [
     "train", "dapo/tiny", f"loop.steps={STEPS}", "checkpoint.every=2", "checkpoint.keep=9",
     "evaluation.every=2", "algorithm.dynamic_sampling.oversample=2",
     "algorithm.dynamic_sampling.surplus=carry", "learner.schedule.name=linear",
+    "tracking.completions_every=1",
 ]  # fmt: skip
 """Carries groups over and changes the learning rate, so that these must be resumed too."""
 
@@ -95,6 +96,7 @@ def outcome(folder: Path) -> dict[str, Any]:
         "optimizer": _bytes(state["learner"].pop("optimizer")),
         "state": state,
         "rollouts": [recorder.read(rollouts, step) for step in recorder.steps(rollouts)],
+        "completions": (folder / "completions.jsonl").read_text(),
         "evaluations": {p.name: p.read_text() for p in sorted((folder / "evaluations").glob("*.jsonl"))},
         "model": (Checkpoints(folder).path(STEPS) / "model.safetensors").read_bytes(),
     }
@@ -175,6 +177,28 @@ def test_killed_three_times(seed: int, uninterrupted: dict[str, Any], tmp_path: 
         kill(process)
     finish(start(folder, "resume=auto"))
     assert_equal(outcome(folder), uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["learner.lora.rank=4", "learner.optimizer.name=schedulefree"],
+        ["rollout.process=child", "rollout.dtype=bfloat16", "learner.dtype=bfloat16"],
+        ["learner.optimizer.name=muon", "algorithm.kl.coefficient=0.1", "checkpoint.save_best=true",
+         "evaluation.split=validation", "data.validation=4"],
+    ],
+    ids=["lora", "bfloat16", "best"],
+)  # fmt: skip
+def test_other_learners_and_engines(overrides: list[str], tmp_path: Path) -> None:
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    finish(start(whole, *overrides))
+    process = start(folder, *overrides)
+    wait_for(process, folder, 3)
+    kill(process)
+    finish(start(folder, *overrides, "resume=auto"))
+    assert_equal(outcome(folder), outcome(whole))
+    assert Checkpoints(folder).steps() == Checkpoints(whole).steps()
 
 
 def test_a_killed_run_leaves_no_process_and_no_shared_memory(tmp_path: Path) -> None:
