@@ -106,6 +106,25 @@ def test_a_finished_run_is_resumed_to_the_same_summary_and_to_more_steps(capsys:
     assert [row["weights/version"] for row in read(FOLDER / "metrics.jsonl")] == [1, 2, 3]
 
 
+def test_a_damaged_checkpoint_is_passed_over_and_made_again(caplog: pytest.LogCaptureFixture) -> None:
+    overrides = {"loop.steps": 2, "checkpoint.every": 1, "evaluation.every": 0}
+    first = rlhf.train(TINY, overrides)
+    saved = Checkpoints(FOLDER)
+    tensors = saved.path(2) / "training_state" / "tensors.safetensors"
+    whole = tensors.read_bytes()
+    tensors.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"cannot be used, .* the one before it is whole, set resume=1"):
+        rlhf.train(TINY, {**overrides, "resume": 2})
+    with pytest.raises(UserError, match=r"learner\.optimizer\.lr=0\.5 is not 0\.001, with which"):
+        rlhf.train(TINY, {**overrides, "resume": "auto", "learner.optimizer.lr": 0.5})
+    assert [row["step"] for row in read(FOLDER / "metrics.jsonl")] == [0, 1, 2], "a refusal cuts nothing"
+    again = rlhf.train(TINY, {**overrides, "resume": "auto"})
+    assert "step-2 is damaged (training_state/tensors.safetensors does not have the checksum" in caplog.text
+    assert (again.steps, again.last_accuracy) == (2, first.last_accuracy)
+    assert tensors.read_bytes() == whole
+    assert (saved.steps(), saved.problem(2)) == ([1, 2], "")
+
+
 def test_a_run_ends_when_its_data_end(caplog: pytest.LogCaptureFixture) -> None:
     rows = [{"prompt": f"{i} + 1", "answer": str(i + 1)} for i in range(4)]
     overrides = {"loop.steps": 50, "data.epochs": 1, "data.heldout": 1, "evaluation.every": 0}
