@@ -219,6 +219,7 @@ def test_a_killed_run_leaves_no_process_and_no_shared_memory(tmp_path: Path) -> 
     kill(process)
     _, alive = psutil.wait_procs(family, timeout=20)
     assert alive == []
-    foreign = re.compile(r"__KMP_REGISTERED_LIB_(?!(%s)_)" % "|".join(str(child.pid) for child in family))
+    ours = "|".join(str(child.pid) for child in family)
+    foreign = re.compile(rf"__KMP_REGISTERED_LIB_(?!({ours})_)")
     assert [name for name in shared_memory() - before if not foreign.match(name)] == []
     assert not list(folder.glob(".weights-*"))
