@@ -25,7 +25,6 @@ OPTIONAL = {
     "memory/device_allocated": "CUDA",
     "memory/device_peak": "CUDA",
     "tracking/failures": "a tracker that failed",
-    "memory/peak_<phase>": "a phase in which memory grew, which tests before it may have done already",
 }
 """Rows of the naming table that this run does not write, and what would."""
 
