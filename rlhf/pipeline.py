@@ -373,11 +373,12 @@ def _announce(
     sampling: Any,
     learner: Learner,
 ) -> None:
-    """What is about to run, in a few lines: model, data, and every sampling parameter that has an effect."""
+    """What is about to run, in a few lines: model, data, and every sampling parameter that is not off."""
     logger.info("model: %s", resolved.description)
     for line in splits.lines():
         logger.info("data: %s", line)
-    logger.info("sampling: %s", engines[0].effective_sampling(sampling))
+    effective = engines[0].effective_sampling(sampling)
+    logger.info("sampling: %s", ", ".join(f"{name} {value}" for name, value in effective.items() if value))
     if not learner.policy.shares_prompts:
         logger.info("prompts are not shared in the learner: %s", learner.policy.why_not_shared)
 
