@@ -100,17 +100,17 @@ class LoraModel:
     def _merged(
         self, dtype: torch.dtype, trained: Mapping[str, Tensor]
     ) -> Iterator[tuple[str, Tensor, tuple[Tensor, Tensor] | None]]:
-        """`(name, merged, (float32 sum, float32 update) or None)` for every weight of the base model."""
+        """`(name, merged, (float32 sum, float32 update) or None)` for every weight of the base model.
+
+        One update exists at a time: together they are as large as the model.
+        """
         model = self.model
-        deltas = {
-            name: _delta(name, module, trained) for name, module in model.named_modules() if _adapted(module)
-        }
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 continue
             layer = name.split(_BASE)[0]
             if _BASE in name and name.endswith(".weight"):
-                delta = deltas[layer]
+                delta = _delta(layer, model.get_submodule(layer), trained)
                 total = parameter.float() + delta
                 yield name.replace(_BASE, "."), total.to(dtype), (total, delta)
             else:

@@ -47,6 +47,10 @@ ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": str(1 << 31), "MALLOC_MMAP_THRESHOLD_": s
 """Keeps glibc from handing memory back after every step: each step would fault 25 MB tables in again, a tenth
 of its time. tcmalloc, where it is preloaded, does the same and ignores these."""
 
+IDLE_THREADS = {"KMP_BLOCKTIME": "3"}
+"""Milliseconds for which Intel's OpenMP lets an idle thread spin. Its default of 200 takes a core from the
+learner whenever the engine has just answered: scoring the probe after a publish took twice as long."""
+
 CLOSE_SECONDS = 10.0
 """How long a child may take to release its engine before it is killed."""
 
@@ -232,7 +236,7 @@ def _environment(spec: EngineSpec, gpus: Sequence[int] = ()) -> dict[str, str]:
     }
     root = str(Path(rollout.__file__).parents[1])
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, [root, variables.get("PYTHONPATH", "")]))
-    variables = ALLOCATOR | variables
+    variables = ALLOCATOR | IDLE_THREADS | variables
     variables["OMP_NUM_THREADS"] = str(thread_count(spec.threads))
     libraries = preload_libraries() if spec.preload else []
     if libraries:

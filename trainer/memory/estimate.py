@@ -1,6 +1,6 @@
 """Memory of learner and engine before anything is loaded: arithmetic over a model's dimensions.
 
-The structural terms (weights, gradients, moments, cache) are exact counts. Three constants cannot be
+The structural terms (weights, gradients, moments, cache) are exact counts. Four constants cannot be
 counted and were fitted on the demo (`tests/benchmarks/memory_estimate.py` reports the error elsewhere).
 """
 
@@ -18,6 +18,9 @@ ENGINE_PROCESS_BYTES = 1.15e9
 """Resident memory of an engine process beside weights and cache: interpreter, vLLM, work space."""
 ACTIVATION_FACTOR = 1.15
 """Measured over counted activation bytes: allocator slack and what autograd keeps besides."""
+KEPT_BYTES = 0.7e9
+"""What malloc keeps of freed tensors in learner and engine each, after the sixty steps over which it grows:
+every step has other shapes, so little of it fits again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +115,8 @@ def learner_memory(
     trained_share: float = 1.0,
     checkpointing: bool = False,
     reference: bool = False,
-    logit_chunk: int = 1024,
 ) -> Estimate:
-    """Peak of the learner: weights, fp32 masters, gradients, moments, activations, one logit chunk.
+    """Peak of the learner: weights, fp32 masters, gradients, moments, activations, what malloc keeps.
 
     `tokens`: packed tokens of the largest micro-batch. `trained_share`: share of parameters that train.
     `moments`: fp32 states a parameter.
@@ -127,7 +129,7 @@ def learner_memory(
         "gradients": trained * 4.0,
         "optimizer states (fp32)": trained * 4.0 * moments,
         "activations": tokens * _activation_bytes(shape, compute_bytes, checkpointing) * ACTIVATION_FACTOR,
-        "logits (one chunk)": 3.0 * logit_chunk * shape.vocabulary * 4,
+        "kept by malloc": KEPT_BYTES,
     }
     return Estimate({name: size for name, size in parts.items() if size})
 
@@ -135,13 +137,14 @@ def learner_memory(
 def engine_memory(
     shape: ModelShape, *, kv_cache_bytes: float, weight_bytes: int = 2, repacked: bool = True
 ) -> Estimate:
-    """Peak of one engine: weights, the copy in transit while it is being installed, cache, process."""
+    """Peak of one engine: weights, their copy in transit while they are installed, cache, process, malloc."""
     weights = float(shape.parameters * weight_bytes)
     parts = {
         "process": ENGINE_PROCESS_BYTES,
         "weights": weights,
         "weights in transit": weights if repacked else 0.0,
         "kv cache": kv_cache_bytes,
+        "kept by malloc": KEPT_BYTES,
     }
     return Estimate({name: size for name, size in parts.items() if size})
 

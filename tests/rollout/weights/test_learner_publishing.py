@@ -153,6 +153,7 @@ def test_the_engines_format_sets_the_tolerance_unless_the_learners_is_given(
     with pytest.raises(ProbeError, match=r"on average \(at most 0\.0001 for float32\)"):
         publisher.publish(learner.weights(torch.float32), learner.score)
     named = Publisher([engine], WeightsConfig(tolerance=1e-5), PROBE, learner_dtype="bfloat16")
-    with pytest.raises(ProbeError, match=r"\(at most 1e-05 for float32 and bfloat16\)"):
+    with pytest.raises(ProbeError, match=r"\(at most 1e-05 for float32 and bfloat16\)") as caught:
         named.publish(learner.weights(torch.float32), learner.score)
+    assert "give learner.dtype and rollout.dtype the same value" in str(caught.value)
     put_back(engine, tiny_llama)
