@@ -22,9 +22,9 @@ CASES = {
     "demo": ["dapo/arithmetic"],
     "demo in float32": ["dapo/arithmetic", "learner.dtype=float32", "rollout.dtype=float32"],
     "demo, LoRA": ["dapo/arithmetic_lora"],
-    "256 new tokens, checkpointing": [
+    "64 new tokens, checkpointing": [
         "dapo/arithmetic",
-        "rollout.max_new_tokens=256",
+        "rollout.max_new_tokens=64",
         "algorithm.overlong.buffer=0",
         "learner.activation_checkpointing=true",
         "loop.prompts=8",
