@@ -83,7 +83,8 @@ def _engine(config: Config, shape: ModelShape) -> Estimate:
     cache = rollout.kv_cache_gib * (1 << 30) or automatic
     estimate = engine_memory(shape, kv_cache_bytes=cache, weight_bytes=width)
     if rollout.process is EngineProcess.inprocess:
-        return Estimate({name: size for name, size in estimate.parts.items() if name != "process"})
+        shared = ("process", "kept by malloc")  # counted with the learner, whose process it is
+        return Estimate({name: size for name, size in estimate.parts.items() if name not in shared})
     return estimate
 
 

@@ -214,17 +214,17 @@ class Publisher:
             )
         else:
             cause = "This transport neither hashes nor reads back, so the layer is not known"
-        dtypes = " and ".join(self._dtypes(delivery))
-        if len(self._dtypes(delivery)) > 1:
+        dtypes = self._dtypes(delivery)
+        if len(dtypes) > 1:
             cause += (
-                f". The learner computes in {self._learner_dtype} and the engine in {delivery.dtype}, whose "
-                "rounding swallows small updates: give learner.dtype and rollout.dtype the same value, or "
-                "raise weights.tolerance"
+                f". The learner computes in {self._learner_dtype} and the engine in {delivery.dtype}, which "
+                "round differently, and the gap may grow with training: give learner.dtype and rollout.dtype "
+                "the same value, or raise weights.tolerance"
             )
         return (
             f"After version {delivery.version}, engine {index} and learner disagree on the probe by "
-            f"{found.mean:.3g} nats on average (at most {limit:g} for {dtypes}), most in sequence "
-            f"{found.sequence} at token {found.token + 1} ({found.max:.3g}). {cause}."
+            f"{found.mean:.3g} nats on average (at most {limit:g} for {' and '.join(dtypes)}), most in "
+            f"sequence {found.sequence} at token {found.token + 1} ({found.max:.3g}). {cause}."
         )
 
 

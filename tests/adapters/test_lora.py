@@ -80,6 +80,23 @@ def test_merged_weights_are_the_policy_under_hugging_face_names() -> None:
     assert learner.logprobs(rows) == before  # Merging touched nothing.
 
 
+def test_merging_makes_one_update_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = lora_learner()
+    assert learner._lora is not None
+    made, delta = [], lora._delta
+
+    def counted(layer: str, *arguments: Any) -> torch.Tensor:
+        made.append(layer)
+        return delta(layer, *arguments)
+
+    monkeypatch.setattr(lora, "_delta", counted)
+    adapted = 0
+    for _, _, exact in learner._lora._merged(torch.float32, learner._adapter_masters()):
+        adapted += exact is not None
+        assert len(made) == adapted
+    assert adapted == len(set(made)) > 1
+
+
 def test_merge_gap_is_what_rounding_loses() -> None:
     learner = lora_learner()
     assert learner.merge_gap(torch.bfloat16) == 0.0  # No update yet.

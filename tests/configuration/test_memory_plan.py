@@ -12,6 +12,7 @@ from rlhf.compose import load
 from rlhf.memory_plan import KNOWN, plan_memory
 from rlhf.models import SMOLLM2
 from rollout.vllm_engine import EngineSpec, kv_cache_bytes
+from trainer.memory.estimate import KEPT_BYTES
 
 SIZES = {
     "hidden_size": 576, "num_hidden_layers": 30, "intermediate_size": 1536, "vocab_size": 49152,
@@ -38,6 +39,15 @@ def test_cache_is_what_the_engine_takes(tmp_path: Path, overrides: list[str], le
     config = load("dapo/arithmetic", ["data.max_prompt_tokens=128", "rollout.max_num_seqs=8", *overrides])
     spec = EngineSpec(model=str(folder_of(tmp_path / "m", SIZES)), max_model_len=length, max_num_seqs=8)
     assert plan_memory(config).engine.parts["kv cache"] == kv_cache_bytes(spec)
+
+
+def test_an_engine_in_process_shares_what_is_the_process() -> None:
+    child, inside = (
+        plan_memory(load("dapo/arithmetic", [f"rollout.process={process}"])).engine.parts
+        for process in ("child", "inprocess")
+    )
+    assert child["kept by malloc"] == KEPT_BYTES
+    assert set(child) - set(inside) == {"process", "kept by malloc"}
 
 
 def test_a_checkpoint_is_found_by_run_and_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,6 +116,15 @@ def test_a_failure_inside_the_engine_is_an_engine_error() -> None:
         engine._receive(0)
 
 
+def test_idle_threads_of_a_child_sleep_soon_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("KMP_BLOCKTIME", raising=False)
+    assert _environment(spec("m"))["KMP_BLOCKTIME"] == "3"
+    monkeypatch.setenv("KMP_BLOCKTIME", "50")
+    assert _environment(spec("m"))["KMP_BLOCKTIME"] == "50"
+
+
 def test_a_child_sees_its_own_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert "CUDA_VISIBLE_DEVICES" not in _environment(spec("m"))

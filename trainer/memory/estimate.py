@@ -19,8 +19,8 @@ ENGINE_PROCESS_BYTES = 1.15e9
 ACTIVATION_FACTOR = 1.15
 """Measured over counted activation bytes: allocator slack and what autograd keeps besides."""
 KEPT_BYTES = 0.7e9
-"""What malloc keeps of freed tensors in learner and engine each, after the sixty steps over which it grows:
-every step has other shapes, so little of it fits again."""
+"""Memory of learner and engine each beyond what is counted, once it has stopped to grow (60 steps): above
+all, we take it, freed tensors that malloc keeps."""
 
 
 @dataclass(frozen=True, slots=True)

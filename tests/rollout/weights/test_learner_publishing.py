@@ -150,10 +150,15 @@ def test_the_engines_format_sets_the_tolerance_unless_the_learners_is_given(
 ) -> None:
     learner = learner_of(tiny_llama, Precision.bfloat16)
     publisher = Publisher([engine], WeightsConfig(), PROBE)
-    with pytest.raises(ProbeError, match=r"on average \(at most 0\.0001 for float32\)"):
+    with pytest.raises(ProbeError, match=r"on average \(at most 0\.0001 for float32\)") as caught:
         publisher.publish(learner.weights(torch.float32), learner.score)
+    assert "round differently" not in str(caught.value)
     named = Publisher([engine], WeightsConfig(tolerance=1e-5), PROBE, learner_dtype="bfloat16")
     with pytest.raises(ProbeError, match=r"\(at most 1e-05 for float32 and bfloat16\)") as caught:
         named.publish(learner.weights(torch.float32), learner.score)
-    assert "give learner.dtype and rollout.dtype the same value" in str(caught.value)
+    assert (
+        "The learner computes in bfloat16 and the engine in float32, which round differently, and the gap "
+        "may grow with training: give learner.dtype and rollout.dtype the same value, or raise "
+        "weights.tolerance."
+    ) in str(caught.value)
     put_back(engine, tiny_llama)
