@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 
 import rlhf
+from rlhf import models, state_file
 from rlhf.checkpoint import STATE
 from rlhf.cli import main
 from rlhf.errors import RunStoppedError, UserError
 from rlhf.replay import replay
+from rlhf.replay_result import compare
+from rlhf.tracking.jsonl import read
 from rollout import recorder
 from trainer.learner import Learner, NonFiniteError
 
@@ -101,10 +104,11 @@ def test_other_rollouts_are_not_the_same_update(place: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ([f"{RUN}"], f"rlhf replay {RUN} names no step of a run: write RUN@STEP, for example runs/demo@40."),
+        ([RUN], f"rlhf replay {RUN} names no step of a run: write RUN@STEP, for example runs/demo@40."),
         (["none@1"], "rlhf replay none@1 names no run: there is neither none nor runs/none."),
         (["runs@1"], "rlhf replay runs@1: runs holds no run: name a run's folder."),
-        ([f"{RUN}@4"], f"rlhf replay {RUN}@4: runs/{RUN}/rollouts has no rollouts of that step, only 1 to 3."),
+        ([f"{RUN}@4"], f"rlhf replay {RUN}@4: runs/{RUN}/rollouts has no rollouts of that step, only 1 to "
+         "3."),
         ([f"{RUN}@2", "data.heldout=2"], "data.heldout=2 cannot be replayed: learning from recorded rollouts "
          "does not depend on it: leave it out."),
         ([f"{RUN}@2", "algorithm.overlong.buffer=3"], "algorithm.overlong.buffer=3 cannot be replayed: it "
@@ -150,6 +154,27 @@ def test_a_step_that_the_run_failed_in_fails_again(place: Path, monkeypatch: pyt
     monkeypatch.setattr(Learner, "update", failing)
     with pytest.raises(RunStoppedError, match="dapo-tiny@2 stops when it is learned again: The loss is nan"):
         replay(f"{RUN}@2")
+
+
+def test_a_run_begins_anew_from_the_weights_of_another(place: Path) -> None:
+    changes = {"run.name": "second", "model.init_from": f"{RUN}@2", "loop.steps": 1}
+    second = rlhf.train("dapo/tiny", {**OVERRIDES, **changes}).folder
+    first_row = read(second / "metrics.jsonl")[1]
+    assert (first_row["step"], first_row["learner/optimizer_steps"]) == (1, 2)
+    assert (
+        f"# model: tiny-llama (random weights, {models.cache_folder()}"
+        in (second / "config.yaml").read_text()
+    )
+    assert (
+        f", trained weights of {RUN}@2 ({place / 'checkpoints' / 'step-2'})"
+        in (second / "config.yaml").read_text()
+    )
+    assert (second / "initial_weights.json").is_file()
+    found = replay("second@1")
+    assert (found.status, found.different) == (0, [])
+    begun = state_file.read(place / "checkpoints" / "step-2" / STATE)["learner"]["weights"]
+    ended = state_file.read(second / "checkpoints" / "step-1" / STATE)["learner"]["weights"]
+    assert compare(ended, begun).distance == found.update.distance
 
 
 def test_without_a_row_and_a_checkpoint_nothing_is_proven(place: Path) -> None:
