@@ -71,6 +71,16 @@ def _parser() -> argparse.ArgumentParser:
         "score a model on a recipe's held-out set",
         "example:\n  rlhf eval dapo/arithmetic model.path=runs/dapo-arithmetic@last",
     )
+    replay = commands.add_parser(
+        "replay",
+        help="learn one recorded step of a run again",
+        description="Learn one recorded step of a run again and compare it with what the run recorded.",
+        epilog="example:\n  rlhf replay runs/demo@40\n  rlhf replay runs/demo@40 algorithm.clip.high=0.3",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    replay.add_argument("step", metavar="RUN@STEP", help="a run's folder or name, and a step of it")
+    replay.add_argument("overrides", metavar="key=value", nargs="*", help="changes to learning")
+    replay.set_defaults(command=_replay)
     recipes = commands.add_parser("recipes", help="list the recipes", description="List the recipes.")
     recipes.set_defaults(command=_recipes)
     doctor = commands.add_parser("doctor", help="check this machine", description="Check this machine.")
@@ -145,6 +155,15 @@ def _eval(arguments: argparse.Namespace) -> int:
     _show_log()
     print(evaluate_config(config))
     return 0
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    from rlhf.replay import replay
+
+    _show_log()
+    found = replay(arguments.step, arguments.overrides)
+    print(found.text())
+    return found.status
 
 
 def _recipes(arguments: argparse.Namespace) -> int:

@@ -387,18 +387,23 @@ def shared_memory_bytes() -> int | None:
 
 
 def check_shared_memory(free: int | None) -> Check:
-    """Weights travel to a CPU engine through /dev/shm; containers give it 64 MiB by default."""
+    """What little or no /dev/shm means. Weights do not need it: they travel in memory without a name."""
+    remedy = "in Docker, start with --shm-size=4g"
     if free is None:
-        return Check(
-            "shared memory", Status.fail, "There is no /dev/shm, through which an engine gets its weights."
-        )
-    text = f"{free / GIB:.2f} GiB free in /dev/shm"
-    if free < GIB:
+        sentence = f"There is no /dev/shm, which engines over several GPUs need: {remedy}."
+    elif free < 1 << 20:
         sentence = (
-            f"{text}: a model's weights must fit (0.25 GiB for 135M); in Docker, start with --shm-size=4g."
+            f"/dev/shm is full: an engine on a CPU starts without Intel's OpenMP, which is faster, and one "
+            f"over several GPUs not at all: empty it, or {remedy}."
         )
-        return Check("shared memory", Status.warn, sentence)
-    return Check("shared memory", Status.ok, f"{text}.")
+    elif free <= 64 << 20:
+        sentence = (
+            f"{free / 2**20:.0f} MiB free in /dev/shm: enough for engines on a CPU or on one GPU each; for "
+            f"rollout.tensor_parallel above 1, {remedy}."
+        )
+    else:
+        return Check("shared memory", Status.ok, f"{free / GIB:.2f} GiB free in /dev/shm.")
+    return Check("shared memory", Status.warn, sentence)
 
 
 def compiler() -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from rlhf.algorithms import overlong
 from rlhf.algorithms.config import KlPlace, OldLogprobs
@@ -11,11 +12,14 @@ from rlhf.algorithms.dynamic_sampling import Selection
 from rlhf.algorithms.kl import response_penalty
 from rlhf.algorithms.losses import add_derived
 from rlhf.batching import MiniBatches, assign_advantages, mini_batches, plain_rows
+from rlhf.clock import Clock
+from rlhf.config import Config
 from rlhf.evaluation.config import Split
 from rlhf.evaluation.runner import evaluate, sampling_for
 from rlhf.experience import experience_metrics, mean_updates, throughput
 from rlhf.run import Run
 from rollout.types import Group
+from trainer.learner import Learner
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +42,16 @@ class Summary:
         if self.first_accuracy is not None and self.last_accuracy is not None:
             change = f": {self.evaluated} accuracy {self.first_accuracy:.1%} -> {self.last_accuracy:.1%}"
         return f"{self.steps} steps{change}\nReport: {self.folder / 'report.md'}"
+
+
+class Lesson(Protocol):
+    """What learning needs of a run; `rlhf.replay` gives it without engines."""
+
+    config: Config
+    learner: Learner
+    clock: Clock
+    metrics: dict[str, float]
+    """What the step in progress has measured so far."""
 
 
 def train(run: Run) -> Summary:
@@ -111,11 +125,11 @@ def record(run: Run, selection: Selection) -> None:
         run.recorder.write(run.step + 1, selection.groups + selection.carried + selection.dropped)
 
 
-def learn(run: Run, groups: list[Group]) -> None:
+def learn(run: Lesson, groups: list[Group]) -> None:
     """Rows, the log-probs that the algorithm asks for, then one optimizer step a mini-batch."""
     config = run.config
     with run.clock("batching"):
-        batches = mini_batches(groups, config.algorithm, config.loop, run.sampling.max_tokens)
+        batches = mini_batches(groups, config.algorithm, config.loop, config.rollout.max_new_tokens)
     with run.clock("logprobs"):
         fill_logprobs(run, batches)
     with run.clock("update"):
@@ -127,7 +141,7 @@ def learn(run: Run, groups: list[Group]) -> None:
     run.metrics["train/empty_responses"] = batches.empty_responses
 
 
-def fill_logprobs(run: Run, batches: MiniBatches) -> None:
+def fill_logprobs(run: Lesson, batches: MiniBatches) -> None:
     """Old and reference log-probs, where the algorithm needs a pass of their own for them."""
     algorithm = run.config.algorithm
     if algorithm.old_logprobs is OldLogprobs.recompute:

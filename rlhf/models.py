@@ -21,10 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.errors import UserError
 from rlhf.hub import fetch, hub_reachable, snapshot
+from rlhf.run_steps import is_run_step, run_folder
 from rlhf.tiny_models import TINY_KINDS, build_tiny
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from rlhf.initial_weights import InitialWeights
 
 __all__ = [
     "ModelConfig",
@@ -70,6 +73,9 @@ class ModelConfig:
     """Variables for the chat template, such as `{enable_thinking: false}`."""
     adapter: str = ""
     """PEFT adapter to continue on top of `model.path`: a local folder, `RUN@STEP` or a hub id."""
+    init_from: str = ""
+    """`RUN@STEP`: a new run begins with the trained weights of that checkpoint, in full precision, and with
+    nothing else of it. `model.path` stays the model that both runs train."""
 
     def check(self) -> list[str]:
         """Sentences about values that cannot work, without touching disk or network."""
@@ -85,7 +91,22 @@ class ModelConfig:
             found.append(
                 "model.chat_template_args has no template to go to: leave it out or set model.chat_template."
             )
-        return found
+        return found + self._check_init_from()
+
+    def _check_init_from(self) -> list[str]:
+        if not self.init_from:
+            return []
+        if not is_run_step(self.init_from):
+            return [
+                f"model.init_from={self.init_from} names no step of a run: write RUN@STEP, for example "
+                f"runs/demo@40."
+            ]
+        if self.adapter:
+            return [
+                f"model.init_from={self.init_from} and model.adapter={self.adapter} both say where the "
+                f"adapter begins: leave one of them out."
+            ]
+        return []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +120,8 @@ class ResolvedModel:
     adapter: Path | None = None
     """PEFT folder to continue on top of `folder`."""
     trust_remote_code: bool = False
+    initial: InitialWeights | None = None
+    """Weights of another run that training begins with instead of those in `folder`."""
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -226,9 +249,7 @@ def local_config(path: str, runs: Path = Path("runs")) -> Path | None:
 
 def _checkpoint(run: str, step: str, key: str, runs: Path) -> _Place:
     """`RUN@STEP`: the folder `checkpoints/step-STEP` of a run given by folder or by name."""
-    folder = next((place for place in (Path(run).expanduser(), runs / run) if place.is_dir()), None)
-    if folder is None:
-        raise UserError(f"{key}={run}@{step} names no run: there is neither {run} nor {runs / run}.")
+    folder = run_folder(run, f"{key}={run}@{step}", runs)
     entries = {entry: re.fullmatch(r"step-(\d+)", entry.name) for entry in folder.glob("checkpoints/step-*")}
     found = {int(match[1]): entry for entry, match in entries.items() if match and _is_model(entry)}
     wanted = max(found, default=-1) if step == "last" else int(step)

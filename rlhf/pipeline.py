@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from rlhf import environment, models, report, resume, state_file
+from rlhf import environment, initial_weights, models, report, resume, state_file
 from rlhf.algorithms.dynamic_sampling import Selector
 from rlhf.algorithms.losses import build_loss
 from rlhf.checkpoint import Checkpoints
@@ -146,7 +146,7 @@ def build(
         scorer.check_sources(source_names(splits))
         scorer.start()
         trackers = opened.enter_context(build_trackers(config.tracking))
-        resolved = models.resolve(config.model)
+        resolved = initial_weights.attach(models.resolve(config.model), config)
         check_length(config, resolved.folder)
         tokenizer = models.load_tokenizer(resolved, config.model)
         prompts, heldout = _prompts(config, splits, tokenizer)
@@ -154,6 +154,7 @@ def build(
         folder = claim_run_folder(config, recipe)
         lock = opened.enter_context(closing(FolderLock(folder)))
         start = resume.find(config, folder)
+        initial_weights.agree(resolved.initial, folder)
         if start is None:  # what fails to load may be tried again
             opened.callback(config_file(folder).unlink, missing_ok=True)
         learner, engines = _learner_and_engines(config, resolved, folder, placement)
@@ -303,7 +304,7 @@ def _learner_and_engines(
         else:
             loading = thread.submit(load)
         try:
-            learner = _learner(config, resolved, folder)
+            learner = build_learner(config, resolved, folder)
         except BaseException:
             for engine in [] if loading.exception() else loading.result():
                 engine.close()
@@ -330,13 +331,14 @@ def _engines(
         raise EngineError(f"an engine could not be loaded: {error}") from error
 
 
-def _learner(config: Config, resolved: ResolvedModel, folder: Path) -> Learner:
+def build_learner(config: Config, resolved: ResolvedModel, folder: Path) -> Learner:
+    """The learner as it is before the first step of the run in `folder`."""
     profile = dataclasses.replace(
         config.learner.profile, folder=config.learner.profile.folder or str(folder / "profile")
     )
-    return Learner(
+    learner = Learner(
         dataclasses.replace(config.learner, profile=profile),
-        load_model(resolved.folder, trust_remote_code=resolved.trust_remote_code),
+        initial_weights.load(resolved),
         loss=build_loss(config.algorithm),
         temperature=config.rollout.temperature,
         total_steps=config.loop.steps,
@@ -344,6 +346,8 @@ def _learner(config: Config, resolved: ResolvedModel, folder: Path) -> Learner:
         needs_reference=config.algorithm.kl.coefficient > 0,
         adapter=resolved.adapter,
     )
+    initial_weights.install_adapter(resolved, learner)
+    return learner
 
 
 def _placement(config: Config, learner: bool = True) -> Placement:
@@ -364,6 +368,7 @@ def _write_records(config: Config, folder: Path, resolved: ResolvedModel, scorer
     head = f"# @package _global_\n# model: {resolved.description}\n# graders: {graders}\n"
     replace_text(config_file(folder), head + to_yaml(config))
     environment.write(folder)
+    initial_weights.write(resolved.initial, folder)
 
 
 def _announce(
@@ -388,6 +393,11 @@ def _announce(
 
 def _evaluate(config: Config) -> Evaluation:
     """Build just what answering the held-out set needs; all of it is released again."""
+    if config.model.init_from:
+        raise UserError(
+            f"model.init_from={config.model.init_from} is where training begins: to evaluate that checkpoint "
+            f"set model.path={config.model.init_from} and leave model.init_from empty."
+        )
     splits = load_splits(config.data)
     evaluated = splits.validation if config.evaluation.split is Split.validation else splits.heldout
     if not evaluated:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
-from rlhf import models, resume
+from rlhf import initial_weights, models, resume
 from rlhf.config import Config
 from rlhf.data.splits import Splits, load_splits
 from rlhf.errors import UserError, clear_sentences
@@ -20,6 +20,7 @@ def dry_run(config: Config, recipe: str) -> str:
     folder = run_folder(config, recipe)
     with clear_sentences():
         models.check_local(config.model)
+        initial_weights.find(config)
         here = models.local_config(config.model.path)
         if here is not None:
             check_length(config, here)

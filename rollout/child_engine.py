@@ -9,7 +9,10 @@ its own. A learner of several ranks can hold one, because torchrun's variables a
 from __future__ import annotations
 
 import ctypes.util
+import errno
 import functools
+import logging
+import mmap
 import os
 import signal
 import socket
@@ -26,8 +29,10 @@ from typing import Any
 
 import rollout
 from rollout.engine import Completion, Request, Sampling
-from rollout.engine_server import READY
+from rollout.engine_server import READY, SHARED_MEMORY, remove_openmp_file
 from rollout.vllm_engine import EngineSpec, thread_count
+
+logger = logging.getLogger(__name__)
 
 TORCHRUN_VARIABLES = (
     "RANK",
@@ -247,14 +252,27 @@ def _environment(spec: EngineSpec, gpus: Sequence[int] = ()) -> dict[str, str]:
     return variables
 
 
-@functools.cache
 def preload_libraries() -> tuple[str, ...]:
-    """tcmalloc and Intel's OpenMP, as vLLM advises on a CPU: those that this machine has. Linux only."""
+    """tcmalloc and Intel's OpenMP, as vLLM advises on a CPU: those that can be had here now. Linux only."""
     if sys.platform != "linux":
         return ()
     tcmalloc = ctypes.util.find_library("tcmalloc_minimal") or ctypes.util.find_library("tcmalloc")
     openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
-    return tuple(filter(None, [tcmalloc, str(openmp) if openmp.exists() else None]))
+    return tuple(filter(None, [tcmalloc, str(openmp) if openmp.exists() and _room_for_openmp() else None]))
+
+
+def _room_for_openmp(folder: Path = SHARED_MEMORY) -> bool:
+    """Whether Intel's OpenMP can register in `folder`: it writes a page there, and a full one kills it
+    (SIGBUS). Where it may not write at all it registers elsewhere."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, mmap.PAGESIZE)
+    except OSError as error:
+        full = error.errno == errno.ENOSPC
+        if full:
+            logger.warning("%s is full: engines start without Intel's OpenMP, which is faster.", folder)
+        return not full
+    return True
 
 
 def _temporary_log() -> str:
@@ -267,3 +285,4 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
         process.kill()
     process.wait()
+    remove_openmp_file(process.pid)

@@ -33,6 +33,8 @@ CALLS = frozenset(
 )
 """What the parent may call; `weight_version` is a property."""
 
+SHARED_MEMORY = Path("/dev/shm")
+
 READY = 0
 """Number of the message that says that the engine is loaded; calls count from 1."""
 
@@ -56,7 +58,12 @@ def forget_openmp_file() -> None:
     """
     with contextlib.suppress(AttributeError):  # another OpenMP, or none
         ctypes.CDLL(None).omp_get_max_threads()
-    for file in Path("/dev/shm").glob(f"__KMP_REGISTERED_LIB_{os.getpid()}_*"):
+    remove_openmp_file(os.getpid())
+
+
+def remove_openmp_file(pid: int) -> None:
+    """Remove what Intel's OpenMP of process `pid` left in `/dev/shm`."""
+    for file in SHARED_MEMORY.glob(f"__KMP_REGISTERED_LIB_{pid}_*"):
         file.unlink(missing_ok=True)
 
 

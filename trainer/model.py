@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 
 def load_model(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -21,6 +21,14 @@ def load_model(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedMo
         folder, dtype=torch.float32, trust_remote_code=trust_remote_code
     )
     return model.eval()
+
+
+def parameter_shapes(folder: Path, *, trust_remote_code: bool = False) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter that the model in a Hugging Face folder has, by name; no weights are read."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def freeze(module: nn.Module, patterns: Sequence[str]) -> int:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,12 @@ GRADED_APART = [
 """A part that is graded in processes of its own."""
 
 
-def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
-    """A run in a session of its own."""
+def start(
+    folder: Path, *overrides: str, program: Sequence[str] = ("-m", "rlhf.cli")
+) -> subprocess.Popen[str]:
+    """A run in a session of its own. `program`: what Python is given before `rlhf`'s own arguments."""
     return subprocess.Popen(
-        [sys.executable, "-m", "rlhf.cli", *RUN, f"run.dir={folder}", *overrides],
+        [sys.executable, *program, *RUN, f"run.dir={folder}", *overrides],
         cwd=folder.parent,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
@@ -79,6 +82,13 @@ def shared_memory() -> set[str]:
     """Names in `/dev/shm`."""
     folder = Path("/dev/shm")
     return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+
+def left_behind(before: set[str], pids: Iterable[int]) -> list[str]:
+    """What is new in `/dev/shm`, but what other processes than `pids` registered their OpenMP under."""
+    ours = "|".join(map(str, pids))
+    foreign = re.compile(rf"__KMP_REGISTERED_LIB_(?!({ours})_)")
+    return [name for name in shared_memory() - before if not foreign.match(name)]
 
 
 def steady(row: dict[str, float]) -> dict[str, float]:
@@ -208,18 +218,61 @@ def test_other_learners_and_engines(overrides: list[str], tmp_path: Path) -> Non
     assert Checkpoints(folder).steps() == Checkpoints(whole).steps()
 
 
-def test_a_killed_run_leaves_no_process_and_no_shared_memory(tmp_path: Path) -> None:
-    before = shared_memory()
-    folder = tmp_path / "run"
-    process = start(folder, "rollout.process=child", *GRADED_APART, "loop.steps=500")
-    wait_for(process, folder, 1)
+HELD = """
+import os, sys, time
+from pathlib import Path
+from rlhf import checkpoint
+from rlhf.cli import main
+from rollout.weights.shm import ShmSender
+
+moment, step, *arguments = sys.argv[1:]
+owner, name = {"publish": (ShmSender, "install"), "checkpoint": (checkpoint, "_seal")}[moment]
+going_on = getattr(owner, name)
+
+def held(*given):
+    if Path("run/metrics.jsonl").read_text().count("\\n") == int(step):
+        Path("held").touch()
+        time.sleep(600)
+    return going_on(*given)
+
+setattr(owner, name, held)
+sys.exit(main(arguments))
+"""
+"""A run that stands still at a moment: in the publish of a step, when its weights lie in the segment and no
+engine has them, or in a checkpoint's writing, when its files are there and not yet sealed."""
+
+ALONE = ["rollout.process=child", *GRADED_APART, "loop.steps=4", "evaluation.every=0", "resume=auto"]
+
+
+def kill_while_held(folder: Path, moment: str, rows: int) -> list[int]:
+    """Start a run, wait until it stands in `moment` with `rows` rows logged, and kill it; its processes."""
+    process = start(folder, *ALONE, program=["-c", HELD, moment, str(rows)])
+    limit = time.monotonic() + 200
+    while not (folder.parent / "held").exists() and process.poll() is None and time.monotonic() < limit:
+        time.sleep(0.01)
     family = psutil.Process(process.pid).children(recursive=True)
     commands = [" ".join(child.cmdline()) for child in family]
     assert any("rollout.engine_server" in command for command in commands)
+    assert len(family) > 1, "graders too"
     kill(process)
+    (folder.parent / "held").unlink()
     _, alive = psutil.wait_procs(family, timeout=20)
     assert alive == []
-    ours = "|".join(str(child.pid) for child in family)
-    foreign = re.compile(rf"__KMP_REGISTERED_LIB_(?!({ours})_)")
-    assert [name for name in shared_memory() - before if not foreign.match(name)] == []
-    assert not list(folder.glob(".weights-*"))
+    return [process.pid, *(child.pid for child in family)]
+
+
+def test_killed_in_a_publish_and_in_a_checkpoint(tmp_path: Path) -> None:
+    before = shared_memory()
+    folder = tmp_path / "run"
+    pids = kill_while_held(folder, "publish", rows=3)  # steps 0 to 2: step 3 has learned and is not logged
+    assert Checkpoints(folder).steps() == [2]
+    assert list(folder.glob(".weights-*")) == []
+    pids += kill_while_held(folder, "checkpoint", rows=5)
+    assert left_behind(before, pids) == []
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == [".step-4.partial", "step-2"]
+    assert len(list((folder / "checkpoints/.step-4.partial").iterdir())) > 3
+    said = finish(start(folder, *ALONE))
+    assert f"{folder} goes on after step 2." in said
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step-2", "step-4"]
+    assert [Checkpoints(folder).problem(step) for step in (2, 4)] == ["", ""]
+    assert [row["step"] for row in read(folder / "metrics.jsonl")] == [0, 1, 2, 3, 4]

@@ -163,7 +163,9 @@ def test_engines_are_closed_when_the_learner_does_not_load(
     closed: list[bool] = []
     engine = SimpleNamespace(close=lambda: closed.append(True))
     monkeypatch.setattr(pipeline, "build_engines", lambda *arguments, **options: [engine])
-    monkeypatch.setattr(pipeline, "_learner", fails(ValueError("learner.freeze pattern x matches nothing.")))
+    monkeypatch.setattr(
+        pipeline, "build_learner", fails(ValueError("learner.freeze pattern x matches nothing."))
+    )
     with pytest.raises(UserError, match="matches nothing"):
         rlhf.train(TINY, {"rollout.process": process})
     assert closed == [True]

@@ -31,7 +31,7 @@ assert not status, status
 COMMANDS = [
     ["--help"],
     ["recipes"],
-    *([name, "--help"] for name in ("train", "explain", "eval", "recipes", "doctor", "export")),
+    *([name, "--help"] for name in ("train", "explain", "eval", "replay", "recipes", "doctor", "export")),
 ]
 
 
