@@ -13,6 +13,7 @@ EXPECTED = {
     "mlflow is not installed",
     "trackio is not installed",
     "ray is not installed",
+    "no private mounts",
 }
 """Reasons that a two-core machine without a GPU, with requirements/cpu.txt and the shared data, may give."""
 

@@ -37,6 +37,9 @@ class RunConfig:
     goes on with it."""
     seed: int = 0
     """Seeds the order of prompts, every sampled response and the learner. At least 0."""
+    watchdog_minutes: float = 30.0
+    """When no phase of a step begins or ends for so long, it is named and the stacks of all threads are
+    written to `stacks.txt`; the run goes on. 0 watches nothing."""
 
 
 @dataclass
@@ -153,6 +156,11 @@ def _across(config: Config) -> Iterator[str]:
         yield f"resume={config.resume} is not known: set never, auto, or a checkpoint's step (resume=40)."
     if config.run.seed < 0:
         yield f"run.seed={config.run.seed} must be at least 0: raise it."
+    if not config.run.watchdog_minutes >= 0:
+        yield (
+            f"run.watchdog_minutes={config.run.watchdog_minutes:g} must be at least 0: set "
+            "a number of minutes, or 0 to watch nothing."
+        )
     if algorithm.overlong.buffer > rollout.max_new_tokens:
         yield (
             f"algorithm.overlong.buffer={algorithm.overlong.buffer} is longer than the response limit "
