@@ -97,12 +97,18 @@ def _how_to_go_on(run: Run) -> str:
     return f"the same command with run.dir={run.folder} resume=auto goes on {where}."
 
 
+def _moment(run: Run) -> str:
+    """Where in the run an exception has just left it."""
+    closing = run.clock.failed in ("evaluation", "tracking", "checkpoint")
+    return f"after step {run.step}" if closing else f"in step {run.step + 1}"
+
+
 @contextmanager
 def _watched(run: Run) -> Iterator[None]:
     """Measure memory, listen to signals, watch for hangs; what must end the run is said in one sentence."""
     stopping = faults.stopping(
         run.config,
-        lambda: f"the run stopped in step {run.step + 1}",
+        lambda: f"the run stopped {_moment(run)}",
         phase=lambda: run.clock.failed,
         folder=lambda: run.folder,
         then=lambda: f"Then {_how_to_go_on(run)}",

@@ -279,7 +279,7 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
         self.rollout_step = state["rollout_step"]
         self.optimizer_steps = state["optimizer_steps"]
-        self._skipped.load_state_dict(state["skipped"])
+        self._skipped.load_state_dict(state.get("skipped", {}))  # older checkpoints have none
 
     @contextmanager
     def _profile(self) -> Iterator[None]:

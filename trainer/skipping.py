@@ -55,4 +55,4 @@ class SkippedSteps:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on from `state_dict()`."""
-        self.total, self.in_a_row = state["total"], state["in_a_row"]
+        self.total, self.in_a_row = state.get("total", 0), state.get("in_a_row", 0)

@@ -33,7 +33,7 @@ def fill(disk: Path) -> None:
             file.write(bytes(1 << 16))
 
 
-def trained(folder: Path, *overrides: str) -> tuple[int, str]:
+def trained(folder: Path, *overrides: str) -> tuple[int, list[str]]:
     """Exit status and the last line on standard error of a run of three steps."""
     said = io.StringIO()
     arguments = ["train", "dapo/tiny", f"run.dir={folder}", "loop.steps=3", "checkpoint.every=1"]

@@ -36,18 +36,23 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("what", "step", "saved"),
-    [("rollouts", 2, [1]), ("metrics", 2, [1]), ("checkpoint", 3, [1]), ("evaluation", 4, [1, 2])],
+    ("what", "moment", "saved"),
+    [
+        ("rollouts", "in step 2", [1]),
+        ("metrics", "after step 2", [1]),
+        ("checkpoint", "after step 2", [1]),
+        ("evaluation", "after step 3", [1, 2]),
+    ],
 )
 def test_what_cannot_be_written_stops_the_run(
-    what: str, step: int, saved: list[int], outcomes: dict[str, Any]
+    what: str, moment: str, saved: list[int], outcomes: dict[str, Any]
 ) -> None:
     found, folder = outcomes[what], f"{outcomes['folder']}/{what}"
     shown = what if what in ("rollouts", "metrics") else f"the {what}"
     assert (found["status"], found["said"]) == (
         1,
         [
-            f"rlhf: the run stopped in step {step}: the disk of {folder} is full, {shown} could not be "
+            f"rlhf: the run stopped {moment}: the disk of {folder} is full, {shown} could not be "
             f"written: free some space. Then the same command with run.dir={folder} resume=auto goes on "
             f"after step {saved[-1]}."
         ],
@@ -64,8 +69,13 @@ def test_a_report_that_cannot_be_written_is_said_and_the_run_counts(outcomes: di
 
 
 def test_it_goes_on_once_there_is_space(outcomes: dict[str, Any]) -> None:
-    status, (said,) = outcomes["resumed while full"]["said"]
-    assert (status, said) == (1, "")
+    assert outcomes["resumed while full"]["said"] == [
+        1,
+        [
+            "rlhf: the run could not start: the disk is full, the run's files could not be written: free "
+            "some space."
+        ],
+    ]
     assert outcomes["resumed while full"]["whole"] == [1]
     assert outcomes["resumed"]["said"][0] == 0
     assert outcomes["resumed"]["whole"] == [2, 3]
