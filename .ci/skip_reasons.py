@@ -14,6 +14,7 @@ EXPECTED = {
     "trackio is not installed",
     "ray is not installed",
     "mounting is not permitted",
+    "no private mounts",
 }
 """Reasons that a two-core machine without a GPU, with requirements/cpu.txt and the shared data, may give."""
 

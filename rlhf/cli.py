@@ -37,7 +37,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("rlhf: interrupted.", file=sys.stderr)
         return 130
     except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
         return 0
+
+
+def _reader_is_gone() -> bool:
+    """Whether what reads our output has ended (`| head`). Other pipes break too, and then that is a fault."""
+    import select
+
+    poll = select.poll()
+    poll.register(1, 0)  # an error is told without being asked for
+    return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 def _flags_first(argv: Sequence[str]) -> list[str]:

@@ -33,6 +33,8 @@ class Clock:
         self._mark = now()
         self.elapsed = elapsed
         """Seconds of the run up to the end of the last closed step."""
+        self.failed = ""
+        """The innermost phase that an exception left, the first one; empty when none did."""
         self._seconds: dict[str, float] = {}
         self._open: list[str] = []
         self._thread = threading.get_ident()
@@ -42,6 +44,11 @@ class Clock:
         """The innermost open phase, or `other`; any thread may ask."""
         open_phases = self._open[-1:]
         return open_phases[0] if open_phases else OTHER
+
+    @property
+    def still(self) -> float:
+        """Seconds since a phase last began or ended; any thread may ask."""
+        return self._now() - self._mark
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -54,6 +61,9 @@ class Clock:
         self._open.append(phase)
         try:
             yield
+        except BaseException:
+            self.failed = self.failed or phase
+            raise
         finally:
             self._charge()
             self._open.pop()

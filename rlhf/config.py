@@ -37,6 +37,21 @@ class RunConfig:
     goes on with it."""
     seed: int = 0
     """Seeds the order of prompts, every sampled response and the learner. At least 0."""
+    watchdog_minutes: float = 30.0
+    """When no phase of a step begins or ends for so long, it is named and the stacks of all threads are
+    written to `stacks.txt`; the run goes on. 0 watches nothing."""
+
+    def check(self) -> list[str]:
+        """Sentences about values out of range."""
+        found = []
+        if self.seed < 0:
+            found.append(f"run.seed={self.seed} must be at least 0: raise it.")
+        if not self.watchdog_minutes >= 0:
+            found.append(
+                f"run.watchdog_minutes={self.watchdog_minutes:g} must be at least 0: set a number of "
+                "minutes, or 0 to watch nothing."
+            )
+        return found
 
 
 @dataclass
@@ -130,6 +145,7 @@ def check(config: Config) -> list[str]:
     Each section checks its own ranges; what spans sections is checked here.
     """
     sections: list[Section] = [
+        config.run,
         config.model,
         config.data,
         config.reward,
@@ -151,8 +167,6 @@ def _across(config: Config) -> Iterator[str]:
     algorithm, loop, rollout = config.algorithm, config.loop, config.rollout
     if config.resume not in ("never", "auto") and not config.resume.isdecimal():
         yield f"resume={config.resume} is not known: set never, auto, or a checkpoint's step (resume=40)."
-    if config.run.seed < 0:
-        yield f"run.seed={config.run.seed} must be at least 0: raise it."
     if algorithm.overlong.buffer > rollout.max_new_tokens:
         yield (
             f"algorithm.overlong.buffer={algorithm.overlong.buffer} is longer than the response limit "

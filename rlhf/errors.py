@@ -11,8 +11,12 @@ class UserError(Exception):
     """Something that the user can mend; the text names the key, the value and the remedy."""
 
 
+class RewardRaisedError(UserError):
+    """A user's own reward function raised; `__cause__` is what it raised."""
+
+
 class RunStoppedError(Exception):
-    """A run that must not go on: weights that did not arrive, a dead engine, a loss that is not finite."""
+    """A run that must not go on, see `rlhf.faults`: a dead engine, a full disk, a loss that is not finite."""
 
 
 class InterruptedRunError(KeyboardInterrupt):

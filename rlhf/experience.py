@@ -32,7 +32,7 @@ def mean_updates(updates: Sequence[dict[str, float]]) -> dict[str, float]:
         values = [update[name] for update in updates if name in update]
         if name.endswith("_max"):
             found[name] = max(values)
-        elif name in ("learner/optimizer_steps", "learner/lr"):
+        elif name in ("learner/optimizer_steps", "learner/skipped_steps", "learner/lr"):
             found[name] = values[-1]
         elif name == "learner/tokens":
             found[name] = sum(values)

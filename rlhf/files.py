@@ -9,9 +9,13 @@ from pathlib import Path
 def replace_text(path: Path, text: str) -> None:
     """Write beside `path`, flush to the disk, then rename: a reader never sees half a file."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    sync(partial)
-    os.replace(partial, path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        sync(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     sync(path.parent)
 
 

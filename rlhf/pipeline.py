@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from rlhf import environment, initial_weights, models, report, resume, state_file
+from rlhf import environment, faults, initial_weights, models, report, resume, state_file
 from rlhf.algorithms.dynamic_sampling import Selector
 from rlhf.algorithms.losses import build_loss
 from rlhf.checkpoint import Checkpoints
@@ -25,7 +25,7 @@ from rlhf.config import Config
 from rlhf.data.cursor import Cursor
 from rlhf.data.prompts import PromptBuilder
 from rlhf.data.splits import Splits, load_splits
-from rlhf.errors import InterruptedRunError, RunStoppedError, UserError, clear_sentences
+from rlhf.errors import InterruptedRunError, UserError, clear_sentences
 from rlhf.evaluation.config import Split
 from rlhf.evaluation.graders import second_opinions
 from rlhf.evaluation.runner import Evaluation, evaluate, sampling_for
@@ -40,16 +40,17 @@ from rlhf.rewards.base import Scorer
 from rlhf.rewards.config import RewardPartConfig
 from rlhf.run import Run
 from rlhf.tracking.base import build as build_trackers
-from rollout.child_engine import EngineError
+from rlhf.watchdog import Watchdog
 from rollout.config import EngineProcess
 from rollout.engine import Engine
+from rollout.errors import EngineError
 from rollout.pool import Draw, LocalPool, build_engines
 from rollout.recorder import Recorder
 from rollout.types import Prompt
-from rollout.weights.errors import ProbeError, WeightTransferError
 from rollout.weights.probe import probe_length, probe_sequences
 from rollout.weights.publisher import Publisher
-from trainer.learner import Learner, NonFiniteError
+from trainer.errors import described
+from trainer.learner import Learner
 from trainer.model import hub_names, load_model, save_model
 
 logger = logging.getLogger(__name__)
@@ -70,10 +71,10 @@ def train_config(
     Raises `UserError` when it does not fit this machine or data, `RunStoppedError` when it must not go on,
     `InterruptedRunError` (a `KeyboardInterrupt`) when SIGINT or SIGTERM ended it.
     """
-    with _stopping(lambda: "the run could not start"), clear_sentences():
+    with faults.stopping(config, lambda: "the run could not start"), clear_sentences():
         run = build(config, recipe, reward=reward, dataset=dataset)
     try:
-        with _stopping(lambda: f"the run stopped in step {run.step + 1}"), run.memory, run.interruption:
+        with _watched(run):
             summary = train(run)
     except KeyboardInterrupt:
         raise _interrupted(run, f"interrupted in step {run.step + 1}") from None
@@ -87,17 +88,45 @@ def train_config(
 
 def _interrupted(run: Run, what: str) -> InterruptedRunError:
     """`what` happened and how to go on."""
+    return InterruptedRunError(f"{what}: {_how_to_go_on(run)}", run.interruption.status)
+
+
+def _how_to_go_on(run: Run) -> str:
     saved = run.checkpoints.steps()
     where = f"after step {saved[-1]}" if saved else "from the beginning, nothing is saved yet"
-    return InterruptedRunError(
-        f"{what}: the same command with run.dir={run.folder} resume=auto goes on {where}.",
-        run.interruption.status,
+    return f"the same command with run.dir={run.folder} resume=auto goes on {where}."
+
+
+def _moment(run: Run) -> str:
+    """Where in the run an exception has just left it."""
+    closing = run.clock.failed in ("evaluation", "tracking", "checkpoint")
+    return f"after step {run.step}" if closing else f"in step {run.step + 1}"
+
+
+@contextmanager
+def _watched(run: Run) -> Iterator[None]:
+    """Measure memory, listen to signals, watch for hangs; what must end the run is said in one sentence."""
+    stopping = faults.stopping(
+        run.config,
+        lambda: f"the run stopped {_moment(run)}",
+        phase=lambda: run.clock.failed,
+        folder=lambda: run.folder,
+        then=lambda: f"Then {_how_to_go_on(run)}",
     )
+    watchdog = Watchdog(
+        run.config.run.watchdog_minutes,
+        run.clock,
+        run.folder,
+        step=lambda: run.step + 1,
+        engine_stacks=run.pool.stacks,
+    )
+    with stopping, run.memory, watchdog, run.interruption:
+        yield
 
 
 def evaluate_config(config: Config) -> str:
     """Score `model.path` on the recipe's held-out set; returns the numbers as text."""
-    with _stopping(lambda: "the evaluation stopped"), clear_sentences():
+    with faults.stopping(config, lambda: "the evaluation stopped"), clear_sentences():
         result = _evaluate(config)
     low, high = result.interval
     lines = [
@@ -108,23 +137,18 @@ def evaluate_config(config: Config) -> str:
     return "\n".join(lines)
 
 
-@contextmanager
-def _stopping(what: Callable[[], str]) -> Iterator[None]:
-    """What no configuration mends, such as a dead engine, becomes one `RunStoppedError`: `what()` and why."""
-    try:
-        yield
-    except (WeightTransferError, ProbeError, EngineError, NonFiniteError) as error:
-        raise RunStoppedError(f"{what()}: {error}") from error
-
-
 def _write_report(folder: Path) -> None:
     """`report.md` of all that was logged, also of a run that stopped; it never hides why that one did."""
     try:
         report.write(folder)
     except UserError:
         return  # stopped before anything was logged
-    except Exception:
-        logger.exception("The report of %s could not be written.", folder)
+    except Exception as error:
+        disk = faults.disk_trouble(error, "the report", folder)
+        if disk:
+            logger.error(disk)
+        else:
+            logger.exception("The report of %s could not be written.", folder)
 
 
 # ---------------------------------------------------------------- building
@@ -327,8 +351,10 @@ def _engines(
             gpus=placement.engines,
             **options,
         )
+    except EngineError:
+        raise
     except RuntimeError as error:
-        raise EngineError(f"an engine could not be loaded: {error}") from error
+        raise EngineError(f"an engine could not be loaded: {described(error)}.") from error
 
 
 def build_learner(config: Config, resolved: ResolvedModel, folder: Path) -> Learner:

@@ -28,9 +28,13 @@ from rollout import recorder
 logger = logging.getLogger(__name__)
 
 MAY_CHANGE = (
-    "resume", "run.name", "run.dir", "loop.steps", "checkpoint.*", "evaluation.every", "tracking.*",
+    "resume", "run.name", "run.dir", "run.watchdog_minutes", "loop.steps", "checkpoint.*",
+    "evaluation.every", "tracking.*", "learner.on_nonfinite", "learner.token_budget",
+    "learner.activation_checkpointing", "rollout.kv_cache_gib", "rollout.gpu_memory",
+    "rollout.max_num_seqs", "reward.timeout_s", "reward.memory_mb", "reward.workers",
 )  # fmt: skip
-"""Keys, `*` for any text, in which a resumed run may differ from what its folder says."""
+"""Keys, `*` for any text, in which a resumed run may differ from what its folder says: what changes nothing,
+and what a fault may ask for (memory, time limits), which changes numbers by their rounding only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ its own. A learner of several ranks can hold one, because torchrun's variables a
 
 from __future__ import annotations
 
+import contextlib
 import ctypes.util
 import errno
 import functools
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,8 +31,10 @@ from typing import Any
 
 import rollout
 from rollout.engine import Completion, Request, Sampling
-from rollout.engine_server import READY, SHARED_MEMORY, remove_openmp_file
+from rollout.engine_server import READY, SHARED_MEMORY, STACKS_SIGNAL, remove_openmp_file
+from rollout.errors import LOADING, EngineDied, EngineError
 from rollout.vllm_engine import EngineSpec, thread_count
+from trainer.errors import described
 
 logger = logging.getLogger(__name__)
 
@@ -59,15 +63,16 @@ learner whenever the engine has just answered: scoring the probe after a publish
 CLOSE_SECONDS = 10.0
 """How long a child may take to release its engine before it is killed."""
 
-TAIL_LINES = 25
+STACKS_SECONDS = 2.0
+"""How long a child may take to write where its threads are."""
 
-
-class EngineError(RuntimeError):
-    """An engine's process failed in a call; the message holds its traceback."""
-
-
-class EngineDied(EngineError):
-    """An engine's process is gone; the message holds its exit status and the end of its log."""
+_DOING = {
+    "generate": "generating",
+    "score": "scoring",
+    "init_transfer": "opening the weight channel",
+    "receive_weights": "installing weights",
+}
+"""Calls in words."""
 
 
 class ChildEngine:
@@ -76,8 +81,7 @@ class ChildEngine:
     The constructor returns at once, so that several engines load at the same time; `wait` (or the first call)
     waits until the model is loaded. One call at a time; different engines may be called from different
     threads. Calls raise `EngineDied` when the process is gone, what the engine raised when that is a
-    builtin exception or one of `rollout`'s, else `EngineError`; a bare `RuntimeError`, which says that
-    something in vLLM or torch failed, is an `EngineError` too.
+    builtin exception or one of `rollout`'s, else `EngineError`. Tracebacks are in the child's log.
     """
 
     def __init__(self, spec: EngineSpec, gpus: Sequence[int] = ()) -> None:
@@ -88,6 +92,8 @@ class ChildEngine:
         self._version = 0
         self._number = READY
         self._ready = False
+        self._doing = LOADING
+        self._kills = kernel_kills()
         self._closed = False
         self._lock = threading.Lock()
         # The parent-death signal follows the *thread* that forked: a thread that lasts must do it.
@@ -137,6 +143,20 @@ class ChildEngine:
         """Resident bytes of the child and bytes of its KV cache."""
         return self._call("memory")
 
+    def stacks(self) -> str:
+        """Where every Python thread of the child is, also while a call hangs; empty when it cannot say."""
+        if not self._ready or self._closed or self._process.poll() is not None:
+            return ""
+        before = self.log_path.stat().st_size
+        self._process.send_signal(STACKS_SIGNAL)
+        limit = time.monotonic() + STACKS_SECONDS
+        while self.log_path.stat().st_size == before and time.monotonic() < limit:
+            time.sleep(0.05)
+        time.sleep(0.05)  # the rest of the same dump
+        with self.log_path.open("rb") as log:
+            log.seek(before)
+            return log.read().decode(errors="replace")
+
     def close(self) -> None:
         """End the child: gently when it is idle, by SIGKILL when it does not answer. Safe to call twice."""
         if self._closed:
@@ -163,10 +183,11 @@ class ChildEngine:
                 raise EngineError("The engine is closed.")
             self._wait_ready()
             self._number += 1
+            self._doing = _DOING.get(name, f"answering {name}")
             try:
                 self._connection.send((self._number, name, arguments))
             except OSError:
-                raise self._died() from None
+                raise self._died("before") from None
             return self._receive(self._number)
 
     def _wait_ready(self) -> None:
@@ -186,23 +207,53 @@ class ChildEngine:
         if succeeded:
             return value
         error, lines = value
-        if isinstance(error, str) or type(error) is RuntimeError:
-            raise EngineError(f"{error}\n\nIn the engine's process {self.pid}:\n{lines}")
+        if type(error) in (str, RuntimeError):
+            said = error if isinstance(error, str) else described(error)
+            error = EngineError(f"the engine failed while {self._doing}: {said}.")
+        if isinstance(error, EngineError):
+            self._temporary = False  # the sentence names the log
+            raise type(error)(f"{str(error).rstrip('.')} (its log is {self.log_path}).")
         error.add_note(f"In the engine's process {self.pid}:\n{lines}")
         raise error
 
-    def _died(self) -> EngineDied:
+    def _died(self, when: str = "while") -> EngineDied:
+        self._temporary = False  # the sentence names the log
         try:
             status = self._process.wait(CLOSE_SECONDS)
         except subprocess.TimeoutExpired:
             self._finalizer()
             status = self._process.wait()
         how = f"by {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
-        lines = self.log_path.read_text(errors="replace").splitlines()[-TAIL_LINES:]
-        log = "\n".join(lines) or "(empty)"
+        why = sender(self._kills, kernel_kills()) if status == -signal.SIGKILL else ""
         return EngineDied(
-            f"The engine's process {self.pid} ended {how}. The end of its log {self.log_path}:\n{log}"
+            f"the engine's process {self.pid} ended {how} {when} {self._doing}{why} (its log is "
+            f"{self.log_path})."
         )
+
+
+def sender(kills_before: int | None, kills_now: int | None) -> str:
+    """Who sent a SIGKILL, as far as the kernel's count of processes killed for want of memory tells.
+
+    Before and now; None where it does not count.
+    """
+    if kills_before is None or kills_now is None:
+        return ", sent by somebody or, for want of memory, by the kernel"
+    if kills_now == kills_before:
+        return ", which the kernel did not send for want of memory"
+    return (
+        ", most likely sent by the kernel for want of memory: lower rollout.kv_cache_gib, "
+        "rollout.max_num_seqs or learner.token_budget"
+    )
+
+
+def kernel_kills() -> int | None:
+    """Processes that this machine's kernel has killed for want of memory since it started; None when it does
+    not count them."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return None
 
 
 @functools.cache
@@ -228,7 +279,8 @@ def _spawn(
             start_new_session=True,
         )
         connection = Connection(ours.detach())
-    connection.send(spec)
+    with contextlib.suppress(OSError):  # it has died already, which waiting for it will say
+        connection.send(spec)
     return process, connection
 
 

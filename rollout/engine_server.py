@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import gc
 import os
 import pickle
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rollout.vllm_engine import EngineSpec, VllmEngine
+from trainer.errors import described
 
 CALLS = frozenset(
     (
@@ -37,6 +39,10 @@ SHARED_MEMORY = Path("/dev/shm")
 
 READY = 0
 """Number of the message that says that the engine is loaded; calls count from 1."""
+
+
+STACKS_SIGNAL = signal.SIGUSR1
+"""Makes the process write where its Python threads are to its log, whatever it is doing."""
 
 
 def die_with_parent(parent: int) -> None:
@@ -105,17 +111,20 @@ def answer(engine: VllmEngine, name: str, arguments: tuple[Any, ...]) -> tuple[b
 def portable(error: Exception) -> tuple[Exception | str, str]:
     """The exception itself when the parent can rebuild it (a builtin or one of `rollout`), else its text."""
     lines = traceback.format_exc()
+    print(lines, file=sys.stderr, flush=True)  # into the log, which the sentence names
     if type(error).__module__.split(".")[0] in ("builtins", "rollout"):
         try:
             pickle.loads(pickle.dumps(error))
             return error, lines
         except Exception:  # a constructor that does not take what pickle hands it
             pass
-    return f"{type(error).__name__}: {error}", lines
+    return described(error), lines
 
 
 def main() -> None:
     """Entry point."""
+    faulthandler.enable()
+    faulthandler.register(STACKS_SIGNAL)
     descriptor, parent = int(sys.argv[1]), int(sys.argv[2])
     die_with_parent(parent)
     forget_openmp_file()

@@ -60,6 +60,12 @@ class LocalPool:
         )
         return groups
 
+    def stacks(self) -> dict[str, str]:
+        """Where the threads of engines in processes of their own are; empty text from one that does not
+        answer."""
+        children = [engine for engine in self.engines if isinstance(engine, ChildEngine)]
+        return {f"engine process {engine.pid}": engine.stacks() for engine in children}
+
     def close(self) -> None:
         """Close every engine; safe to call twice."""
         for engine in self.engines:

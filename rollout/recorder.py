@@ -69,8 +69,12 @@ class Recorder:
         rows = [_row(group, trajectory) for group in groups for trajectory in _trajectories(group)]
         path = _path(self.folder, step)
         partial = path.with_suffix(".partial")
-        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), partial)
-        os.replace(partial, path)
+        try:
+            pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), partial)
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
         return path
 
 

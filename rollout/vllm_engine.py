@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from rollout.engine import Completion, Request, Sampling
+from rollout.errors import LOADING, engine_failures
 from rollout.types import FinishReason, VersionSpan
 
 AUTO_KV_LIMIT = 4 << 30
@@ -89,7 +90,8 @@ class VllmEngine:
     def __init__(self, spec: EngineSpec) -> None:
         """Load the model of `spec`.
 
-        Raises ValueError when the process belongs to a distributed learner or the model's sizes are unknown.
+        Raises ValueError when the process belongs to a distributed learner or the model's sizes are unknown,
+        `EngineOutOfMemory` when memory does not do. What loading had opened is closed again.
         """
         global _live_engines
         self.spec = spec
@@ -98,8 +100,12 @@ class VllmEngine:
         self._counter = 0
         _text_config(spec.model)
         _refuse_distributed_process()
-        with _undisturbed_process(spec.threads):
-            self._llm = _build_llm(spec)
+        try:
+            with _undisturbed_process(spec.threads), engine_failures(LOADING):
+                self._llm = _build_llm(spec)
+        except BaseException:
+            _forget_failed_load()
+            raise
         _live_engines += 1
         self._engine = self._llm.llm_engine
         self._engine.set_weight_version("0")
@@ -121,7 +127,7 @@ class VllmEngine:
         parameters = [_sampling_params(sampling, request.seed) for request in requests]
         prompts = [request.prompt_ids for request in requests]
         self._engine.reset_prefix_cache()
-        return [_completion(output) for output in self._run(prompts, parameters)]
+        return [_completion(output) for output in self._run(prompts, parameters, "generating")]
 
     def score(self, sequences: Sequence[list[int]], temperature: float = 1.0) -> list[list[float]]:
         """Log-probs of `tokens[1:]` given what precedes: log-softmax of raw logits / temperature, in float32.
@@ -139,7 +145,7 @@ class VllmEngine:
         parameters = [_score_params()] * len(sequences)
         self._llm.collective_rpc(_set_score_temperature, args=(temperature,))
         try:
-            outputs = self._run(list(sequences), parameters)
+            outputs = self._run(list(sequences), parameters, "scoring")
         finally:
             self._llm.collective_rpc(_set_score_temperature, args=(1.0,))
         return [
@@ -164,7 +170,7 @@ class VllmEngine:
         The version is counted only after all phases succeeded. Returns the receiver's own report (timings and
         hashes), taken from `last_report` of its transfer engine.
         """
-        with _undisturbed_process(self.spec.threads):
+        with _undisturbed_process(self.spec.threads), engine_failures("installing weights"):
             self._llm.collective_rpc("start_weight_update")
             self._llm.collective_rpc("update_weights", kwargs={"update_info": info})
             self._llm.collective_rpc("finish_weight_update")
@@ -202,11 +208,11 @@ class VllmEngine:
                     f"max_model_len={limit}: shorten the prompt or raise max_model_len."
                 )
 
-    def _run(self, prompts: list[list[int]], parameters: list[Any]) -> list[Any]:
+    def _run(self, prompts: list[list[int]], parameters: list[Any], doing: str) -> list[Any]:
         """Enqueue all, then step until done; an interrupted round leaves nothing behind."""
         names = []
         finished: dict[str, Any] = {}
-        with _undisturbed_process(self.spec.threads):
+        with _undisturbed_process(self.spec.threads), engine_failures(doing):
             try:
                 for prompt, params in zip(prompts, parameters, strict=True):
                     name = str(self._counter)
@@ -516,6 +522,15 @@ def _undisturbed_process(threads: int) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def _forget_failed_load() -> None:
+    """Close the process group that a failed load has opened, or the next engine would be refused."""
+    import torch.distributed
+
+    gc.collect()
+    if _live_engines == 0 and torch.distributed.is_available() and torch.distributed.is_initialized():
+        _destroy_process_group()
 
 
 def _destroy_process_group() -> None:

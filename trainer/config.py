@@ -47,6 +47,15 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
+class OnNonfinite(StrEnum):
+    """What a loss or gradient that is NaN or infinite does."""
+
+    stop = "stop"
+    """The run stops; weights and optimizer are as before that optimizer step."""
+    skip = "skip"
+    """That optimizer step is dropped and counted; ten in a row stop the run."""
+
+
 @dataclass
 class OptimizerConfig:
     """The optimizer. Its state and its copy of the weights are float32 whatever `learner.dtype` is."""
@@ -107,6 +116,9 @@ class LearnerConfig:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0 leaves them as they are."""
+    on_nonfinite: OnNonfinite = OnNonfinite.stop
+    """A loss or gradient that is NaN or infinite: `stop` the run, or `skip` that optimizer step, count it in
+    `learner/skipped_steps`, and stop after ten in a row."""
     token_budget: int = 4096
     """Packed tokens of a micro-batch: memory against speed, the gradient does not depend on it."""
     share_prompts: bool = True

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from trainer.batch import Row, TokenBatch
 from trainer.config import Device, LearnerConfig, Precision
+from trainer.errors import NonFiniteError
 from trainer.loss import Loss, LossInputs, LossOutput
 from trainer.master_weights import MasterWeights, global_norm
 from trainer.model import WeightStream, freeze, hub_names, save_model
@@ -23,15 +24,12 @@ from trainer.optimizers import build_optimizer
 from trainer.packing import pack
 from trainer.policy import Policy, PolicyOutput
 from trainer.schedules import lr_factor
+from trainer.skipping import SkippedSteps
 
 if TYPE_CHECKING:
     from adapters.lora import LoraModel
 
 DTYPES = {Precision.float32: torch.float32, Precision.bfloat16: torch.bfloat16}
-
-
-class NonFiniteError(ValueError):
-    """A loss or gradient is NaN or infinite; weights are as before the step."""
 
 
 @dataclass(slots=True)
@@ -100,6 +98,7 @@ class Learner:
         self.device = _device(config.device)
         self.rollout_step = 0
         self.optimizer_steps = 0
+        self._skipped = SkippedSteps(config.on_nonfinite)
         model.to(self.device)  # type: ignore[arg-type]
         self.policy = Policy(model, config.share_prompts)
         self._lora = _add_lora(config, model, seed, adapter)
@@ -129,7 +128,8 @@ class Learner:
         """One optimizer step a mini-batch, in order; metrics of each.
 
         Raises:
-            NonFiniteError: a loss or gradient is not finite; that step is not taken.
+            NonFiniteError: a loss or gradient is not finite; that step is not taken. With
+                `learner.on_nonfinite=skip` only after too many in a row.
             ValueError: rows that do not fit together, see `trainer.packing.pack`.
         """
         with self._profile():
@@ -141,16 +141,26 @@ class Learner:
 
     def _step(self, rows: Sequence[Row]) -> dict[str, float]:
         batches = pack(rows, self.config.token_budget, self.policy.shares_prompts)
-        learned = [batch for batch in batches if bool(batch.token_weights.any())]
-        self.master.zero_grad()
-        sums = _Sums()
-        for batch in learned:
-            sums.add(self._backward(batch))
-        metrics = {**sums.metrics(), **_batch_metrics(batches)}
-        if learned:
-            metrics["learner/grad_norm"] = self._optimize()
+        metrics = _batch_metrics(batches)
+        try:
+            metrics |= self._learn([batch for batch in batches if bool(batch.token_weights.any())])
+        except NonFiniteError as error:
+            self.master.zero_grad()
+            self._skipped.drop(error)
         metrics["learner/lr"] = self.lr
         metrics["learner/optimizer_steps"] = self.optimizer_steps
+        return metrics | self._skipped.metrics()
+
+    def _learn(self, batches: Sequence[TokenBatch]) -> dict[str, float]:
+        """Add up the gradients of the micro-batches and step, when there are any."""
+        self.master.zero_grad()
+        sums = _Sums()
+        for batch in batches:
+            sums.add(self._backward(batch))
+        metrics = sums.metrics()
+        if batches:
+            metrics["learner/grad_norm"] = self._optimize()
+            self._skipped.taken()
         return metrics
 
     def _backward(self, batch: TokenBatch) -> LossOutput:
@@ -159,10 +169,10 @@ class Learner:
         output = self.policy(batch, self.temperature, getattr(self.loss, "needs_entropy_gradient", False))
         result = self.loss(_loss_inputs(batch, output))
         if not torch.isfinite(result.loss):
-            self.master.zero_grad()
             raise NonFiniteError(
                 f"The loss is {result.loss.item()} in optimizer step {self.optimizer_steps + 1}: "
-                f"{_first_odd(output)}. Lower learner.optimizer.lr or look at the rewards of this step."
+                f"{_first_odd(output)}: look at the rewards of this step, start anew with a lower "
+                "learner.optimizer.lr"
             )
         result.loss.backward()
         return result
@@ -172,11 +182,10 @@ class Learner:
         norm = global_norm(self.master.gradients)
         if not torch.isfinite(norm):
             odd = [n for n, p in self.master.named if p.grad is not None and not torch.isfinite(p.grad).all()]
-            self.master.zero_grad()
             raise NonFiniteError(
                 f"The gradient norm is {norm.item()} in optimizer step {self.optimizer_steps + 1}, first in "
-                f"{odd[0] if odd else 'the sum of all'}: lower learner.optimizer.lr or set "
-                "learner.dtype=float32."
+                f"{odd[0] if odd else 'the sum of all'}: start anew with a lower learner.optimizer.lr or "
+                "learner.dtype=float32"
             )
         limit = self.config.max_grad_norm
         if limit and norm > limit:
@@ -261,6 +270,7 @@ class Learner:
             "optimizer": self.optimizer.state_dict(),
             "rollout_step": self.rollout_step,
             "optimizer_steps": self.optimizer_steps,
+            "skipped": self._skipped.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -269,6 +279,7 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
         self.rollout_step = state["rollout_step"]
         self.optimizer_steps = state["optimizer_steps"]
+        self._skipped.load_state_dict(state.get("skipped", {}))  # older checkpoints have none
 
     @contextmanager
     def _profile(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import glob
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,12 @@ from rlhf.data.examples import Example, Message, text_key
 from rlhf.data.tasks import build_task
 from rlhf.errors import UserError
 from rlhf.hub import hub_reachable, why_offline
+from trainer.errors import described
 
 Row = Mapping[str, Any]
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half a character, which JSON can spell and no tokenizer takes."""
 
 
 def read_source(
@@ -101,12 +106,25 @@ def _files(path: str, suffixes: Sequence[str], place: _Place) -> list[Path]:
     raise UserError(f"{place.shown} does not exist: {hint}")
 
 
+class _Line(dict[str, Any]):
+    """A row that knows which line of which file it is."""
+
+    __slots__ = ("where",)
+
+    def __init__(self, row: Row, where: str) -> None:
+        super().__init__(row)
+        self.where = where
+
+
 def _read_jsonl(files: Sequence[Path]) -> list[Row]:
     """One JSON object a line; empty lines are passed over."""
     rows: list[Row] = []
     for file in files:
-        with file.open("rb") as lines:
-            rows += [_parse_line(line, file, n) for n, line in enumerate(lines, 1) if line.strip()]
+        try:
+            with file.open("rb") as lines:
+                rows += [_parse_line(line, file, n) for n, line in enumerate(lines, 1) if line.strip()]
+        except OSError as error:
+            raise UserError(f"{file} could not be read ({error.strerror}): mend it or its rights.") from error
     return rows
 
 
@@ -124,11 +142,15 @@ def _parse_line(line: bytes, file: Path, number: int) -> Row:
         raise UserError(
             f"{file} line {number} is not JSON ({error.msg} at column {error.colno}): mend it."
         ) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+        raise UserError(f"{file} line {number} could not be read ({described(error)}): mend it.") from None
     if isinstance(row, list) and number == 1:
         raise UserError(f"{file} is one JSON list: write it as JSONL, one object a line.")
     if not isinstance(row, dict):
         raise UserError(f"{file} line {number} is a {type(row).__name__} and not an object: write {{...}}.")
-    return row
+    if b"\\u" in line and _SURROGATE.search(json.dumps(row, ensure_ascii=False)):
+        raise UserError(f"{file} line {number} has half a character (\\ud800 to \\udfff alone): mend it.")
+    return _Line(row, where=f"{file} line {number}")
 
 
 def _cut(rows: list[Row], split: str, place: _Place) -> list[Row]:
@@ -200,7 +222,7 @@ def _trouble(source: SourceConfig, place: _Place, error: Exception) -> str:
 def _examples(rows: Iterable[Row], fields: Mapping[str, str], place: _Place) -> Iterator[Example]:
     """Rows as examples, fields taken where the mapping says."""
     for index, row in enumerate(rows):
-        where = f"{place.shown} row {index + 1}"
+        where = row.where if isinstance(row, _Line) else f"{place.shown} row {index + 1}"
         prompt = _prompt(_field(row, fields["prompt"], "prompt", where), where)
         example = Example(
             id=f"{place.name}:{_field(row, fields['id'], 'id', where) if fields.get('id') else index}",

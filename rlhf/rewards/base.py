@@ -191,17 +191,21 @@ class Scorer:
             trajectory.reward += part.config.weight * sum(score.values.values())
             report.statuses[part.name][score.status] += 1
             if message:
-                self._warn_once(part, message)
+                self._warn_once(part, sample.prompt.id, message)
             if self._decider(sample.prompt.source) == part.name:
                 trajectory.accuracy = _accuracy(part, score)
                 trajectory.extracted = score.extracted
                 trajectory.grade_status = str(score.status)
 
-    def _warn_once(self, part: Part, message: str) -> None:
+    def _warn_once(self, part: Part, prompt: str, message: str) -> None:
         """Say a part's first failure of the run aloud; the rest is counted."""
         if part.name not in self._warned:
             self._warned.add(part.name)
-            logger.warning("reward.parts.%s: an answer could not be graded: %s", part.name, message)
+            logger.warning(
+                "reward.parts.%s: an answer to %s could not be graded: %s; more are counted in "
+                "reward/%s_error and reward/%s_timeout.",
+                *(part.name, prompt, message, part.name, part.name),
+            )
 
     def _decider(self, source: str) -> str | None:
         """Name of the part that decides `accuracy` for rows of `source`."""
@@ -395,6 +399,7 @@ def _batch(samples: Sequence[Sample]) -> Batch:
         sources=[sample.prompt.source for sample in samples],
         finished=[sample.response.finished for sample in samples],
         lengths=[sample.response.length for sample in samples],
+        ids=[sample.prompt.id for sample in samples],
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 # Importing a kind registers it; none of these imports torch, vllm or math_verify.
 from rlhf.rewards import dapo_math, exact, format, length
 from rlhf.rewards import math as math_kind
-from rlhf.rewards.grade import FUNCTION, build_spec, find_kind, kind_names
+from rlhf.rewards.grade import FUNCTION, LARGEST, build_spec, find_kind, kind_names
 
 RESERVED = ("overlong", "kl")
 """Names of the parts that the algorithm adds after scoring."""
@@ -42,10 +42,12 @@ class RewardPartConfig:
         problems = []
         if not self.kind:
             return [f"{key}.kind is empty: choose one of {', '.join(kind_names())}."]
-        if not math.isfinite(self.weight):
-            problems.append(f"{key}.weight={self.weight} must be a finite number.")
-        if len(self.values) != 2 or not all(math.isfinite(value) for value in self.values):
-            problems.append(f"{key}.values={self.values} must be two numbers, [wrong, right].")
+        if not abs(self.weight) <= LARGEST:
+            problems.append(f"{key}.weight={self.weight} must be a number from -1e9 to 1e9.")
+        if len(self.values) != 2 or not all(abs(value) <= LARGEST for value in self.values):
+            problems.append(
+                f"{key}.values={self.values} must be two numbers from -1e9 to 1e9, [wrong, right]."
+            )
         if self.kind == FUNCTION:
             return problems + self._check_function(key)
         if self.path:

@@ -10,12 +10,14 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Iterable
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from rlhf.errors import UserError
-from rlhf.rewards.grade import PartScore, nearest
+from rlhf.errors import RewardRaisedError, UserError
+from rlhf.rewards.grade import LARGEST, PartScore, nearest
+from trainer.errors import described
 
 
 @dataclass(slots=True, kw_only=True)
@@ -33,7 +35,12 @@ class Batch:
     """False where the response was cut at the length limit."""
     lengths: list[int] = field(default_factory=list)
     """Response tokens."""
+    ids: list[str] = field(default_factory=list)
+    """Names of the prompts (`source:row`), for sentences; not handed to the function."""
 
+
+SEARCH_SECONDS = 10.0
+"""How long a function that raised is called on single responses, to say which one it was."""
 
 EXTRAS = ("sources", "finished", "lengths")
 """Keyword arguments that a function gets when its signature has room for them."""
@@ -57,17 +64,47 @@ class RewardFunction:
         self._keywords = self._accepted(args)
 
     def __call__(self, batch: Batch) -> list[PartScore]:
-        """Call the function once with the whole batch and check what it returns."""
-        extras = {name: getattr(batch, name) for name in self._keywords if name in EXTRAS}
+        """Call the function once with the whole batch and check what it returns.
+
+        Raises `RewardRaisedError` when the function raises; the sentence names the first response on which it
+        does so alone.
+        """
         try:
-            results = self._function(
-                batch.prompts, batch.responses, batch.answers, batch.rows, **{**self._keywords, **extras}
-            )
-            if inspect.isawaitable(results):
-                results = self._wait(results)
-        except Exception as error:
-            raise UserError(f"{self._who} raised {type(error).__name__}: {error}") from error
+            results = self._results(batch)
+        except (Exception, SystemExit) as error:
+            raise RewardRaisedError(f"{self._who} raised {described(error)} {self._where(batch)}.") from error
         return self._read_all(results, len(batch.responses))
+
+    def _results(self, batch: Batch) -> Any:
+        """What the function returns; a generator is read to its end, where it may raise too."""
+        extras = {name: getattr(batch, name) for name in self._keywords if name in EXTRAS}
+        results = self._function(
+            batch.prompts, batch.responses, batch.answers, batch.rows, **{**self._keywords, **extras}
+        )
+        if inspect.isawaitable(results):
+            results = self._wait(results)
+        return list(results) if isinstance(results, Iterator) else results
+
+    def _where(self, batch: Batch) -> str:
+        """Which response the function raises on, in brackets."""
+        count = len(batch.responses)
+        index = 0 if count == 1 else self._culprit(batch)
+        if index is None:
+            return f"(on {count} responses together, on none that was tried alone)"
+        asked = f" to {batch.ids[index]}" if batch.ids else ""
+        return f"(on response {index + 1} of {count}{asked})"
+
+    def _culprit(self, batch: Batch) -> int | None:
+        """The first response on which the function raises alone; None when none does in `SEARCH_SECONDS`."""
+        limit = time.monotonic() + SEARCH_SECONDS
+        for index, payload in enumerate(singles(batch)):
+            try:
+                self._results(Batch(**payload))
+            except (Exception, SystemExit):
+                return index
+            if time.monotonic() > limit:
+                break
+        return None
 
     @property
     def _who(self) -> str:
@@ -122,23 +159,23 @@ class RewardFunction:
         values = {f"{self.part}.{key}": self._number(value, index, str(key)) for key, value in named.items()}
         if not values:
             if accuracy is None:
-                raise UserError(f"{self._who} returned a dict without a number for response {index}.")
+                raise UserError(f"{self._who} returned a dict without a number for response {index + 1}.")
             values = {self.part: accuracy}
         return PartScore(
             values=values, accuracy=accuracy, extracted=None if extracted is None else str(extracted)
         )
 
     def _number(self, value: Any, index: int, key: str) -> float:
-        """A finite float, also from numpy and torch scalars."""
+        """A float of sensible size, also from numpy and torch scalars."""
         try:
             number = float(value) if not isinstance(value, str) else math.nan
-        except (TypeError, ValueError):
+        except Exception:  # whatever a foreign type's conversion raises
             number = math.nan
-        if not math.isfinite(number):
+        if not abs(number) <= LARGEST:
             where = f" under {key!r}" if key else ""
             raise UserError(
-                f"{self._who} returned {_show(value)}{where} for response {index}: return a finite float "
-                "or a dict of finite floats."
+                f"{self._who} returned {_show(value)}{where} for response {index + 1}: return a float "
+                "from -1e9 to 1e9, or a dict of such."
             )
         return number
 
@@ -193,7 +230,7 @@ def sandboxed(part: str, path: str, args: dict[str, Any]) -> Callable[[dict[str,
 
 def singles(batch: Batch) -> list[dict[str, Any]]:
     """The batch as one payload a response."""
-    names = [column.name for column in fields(batch)]
+    names = [column.name for column in fields(batch) if getattr(batch, column.name)]
     columns = [getattr(batch, name) for name in names]
     return [{name: [value] for name, value in zip(names, values)} for values in zip(*columns)]
 

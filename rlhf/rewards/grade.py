@@ -81,6 +81,8 @@ class Kind:
 
 _KINDS: dict[str, Kind] = {}
 
+LARGEST = 1e9
+"""Largest size of a reward's numbers: squares and sums of much larger ones leave what float32 holds."""
 FUNCTION = "function"
 """The kind that is not registered: a user's own function."""
 

@@ -43,6 +43,7 @@ START_LIMIT_S = 180.0
 """Seconds that a worker may take to import its jobs."""
 CHUNK = 32
 """Most tasks handed over at once."""
+_TIME = " (reward.timeout_s)"
 RECYCLE_AFTER = 20_000
 """Tasks after which a worker is replaced between rounds (libraries' caches grow)."""
 
@@ -122,7 +123,10 @@ class WorkerPool:
         while round_.unfinished:
             starts += self._staff(min(self._wanted, len(round_.pending) + self._busy()))
             if starts > len(round_.tasks) + self._wanted + 3:
-                raise SandboxError("grading workers die as soon as they have started.")
+                raise SandboxError(
+                    "grading workers die as soon as they have started: look at what they wrote to standard "
+                    "error, or raise reward.memory_mb."
+                )
             for worker in list(self._workers):
                 if worker.idle and round_.pending:
                     self._hand_over(worker, round_)
@@ -158,8 +162,8 @@ class WorkerPool:
             if worker in heard:
                 self._hear(worker, round_)
             elif time.monotonic() > worker.deadline:
-                limit = self._timeout_s if worker.ready else START_LIMIT_S
-                self._lose(worker, round_, "timeout", f"no answer within {limit:g} s")
+                limit, key = (self._timeout_s, _TIME) if worker.ready else (START_LIMIT_S, "")
+                self._lose(worker, round_, "timeout", f"no answer within {limit:g} s{key}")
 
     def _hear(self, worker: _Worker, round_: _Round) -> None:
         received = os.read(worker.replies.fileno(), 1 << 16)
@@ -285,7 +289,7 @@ def _decode(line: bytes) -> dict[str, Any]:
 
 def _ending(returncode: int) -> str:
     """How a process ended, in words."""
-    return f"signal {-returncode}" if returncode < 0 else f"exit status {returncode}"
+    return signal.Signals(-returncode).name if returncode < 0 else f"exit status {returncode}"
 
 
 # ---- the worker's side ----
@@ -373,9 +377,9 @@ def _attempt(function: Callable[[Any], Any], payload: Any, timeout_s: float) -> 
             signal.setitimer(signal.ITIMER_REAL, 0.0)
         return {"value": value}
     except _OutOfTimeError:
-        return {"failure": "timeout", "message": f"no answer within {timeout_s:g} s"}
+        return {"failure": "timeout", "message": f"no answer within {timeout_s:g} s{_TIME}"}
     except MemoryError:
-        return {"failure": "error", "message": "out of memory", "retire": True}
+        return {"failure": "error", "message": "out of memory (reward.memory_mb)", "retire": True}
     except BaseException as error:
         return {"failure": "error", "message": _describe(error)}
 

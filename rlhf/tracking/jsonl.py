@@ -6,6 +6,7 @@ is written as `null`, and the row's `nonfinite` object says which it was; `read`
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -49,10 +50,11 @@ class JsonlTracker:
             _write(self._completions, json.dumps({"step": step, **asdict(shown)}, ensure_ascii=False))
 
     def close(self) -> None:
-        """Close both files."""
+        """Close both files. What a full disk did not take was raised when it was written, and is let go."""
         for file in (self._metrics, self._completions):
             if file is not None:
-                file.close()
+                with contextlib.suppress(OSError):
+                    file.close()
 
 
 def encode(step: int, timestamp: float, metrics: Mapping[str, float]) -> str:

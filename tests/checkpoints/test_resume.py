@@ -110,6 +110,7 @@ def test_another_configuration_is_one_sentence(
 
 def test_some_keys_may_change(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changes = ["loop.steps=50", "checkpoint.every=5", "evaluation.every=3", "tracking.completions_every=0"]
+    changes += ["learner.on_nonfinite=skip", "learner.token_budget=8192", "run.watchdog_minutes=0"]
     assert main(["train", DAPO, "--dry-run", "run.dir=runs/mine", "resume=auto", *changes]) == 0
     assert "dapo/tiny can run; it would go on in runs/mine after step 6." in capsys.readouterr().out
 

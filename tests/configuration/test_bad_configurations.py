@@ -52,6 +52,10 @@ CASES = [
     # ranges
     (["loop.steps=0"], "loop.steps=0 must be at least 1: raise it."),
     (["loop.group_size=0"], "loop.group_size=0 must be at least 1: raise it."),
+    (
+        ["run.watchdog_minutes=-1"],
+        "run.watchdog_minutes=-1 must be at least 0: set a number of minutes, or 0 to watch nothing.",
+    ),
     (["run.seed=-1"], "run.seed=-1 must be at least 0: raise it."),
     (
         ["rollout.temperature=0"],

@@ -162,50 +162,67 @@ MALFORMED_FILES = [
     (b'["a", "b"]\n', "{file} is one JSON list: write it as JSONL, one object a line."),
     (b'[\n{"prompt": "a", "answer": "1"}\n]\n', "{file} is one JSON document: write it as JSONL"),
     (b'{\n"prompt": "a", "answer": "1"\n}\n', "{file} is one JSON document: write it as JSONL"),
+    (b"[" * 100_000 + b"\n", "{file} line 1 could not be read (RecursionError: maximum recursion depth"),
+    (
+        b'{"prompt": "a", "answer": ' + b"1" * 5000 + b"}\n",
+        "{file} line 1 could not be read (ValueError: E",
+    ),
+    (
+        b'{"prompt": "a \\ud83d", "answer": "1"}\n',
+        "{file} line 1 has half a character (\\ud800 to \\udfff alone): mend it.",
+    ),
     (b'{"prompt": "a", "answer": "1"}\n7\n', "{file} line 2 is a int and not an object: write {...}."),
     (
         b'{"question": "a", "answer": "1"}\n',
-        "data.path={file} row 1 has no 'prompt' for the field prompt; its columns are question, answer: set "
+        "{file} line 1 has no 'prompt' for the field prompt; its columns are question, answer: set "
         "data.fields.prompt.",
     ),
     (
-        b'{"prompt": "a", "answer": "1"}\n{"prompt": "b", "gold": "1"}\n',
-        "data.path={file} row 2 has no 'answer' for the field answer; its columns are prompt, gold: set "
+        b'{"prompt": "a \\ud83d\\ude00", "answer": "1"}\n\n{"prompt": "b", "gold": "1"}\n',
+        "{file} line 3 has no 'answer' for the field answer; its columns are prompt, gold: set "
         "data.fields.answer.",
     ),
-    (b'{"prompt": "  ", "answer": "1"}\n', "data.path={file} row 1 has an empty prompt: remove the row"),
+    (b'{"prompt": "  ", "answer": "1"}\n', "{file} line 1 has an empty prompt: remove the row"),
     (
         b'{"prompt": null, "answer": "1"}\n',
-        "data.path={file} row 1 has a NoneType as prompt: it must be text",
+        "{file} line 1 has a NoneType as prompt: it must be text",
     ),
     (
         b'{"prompt": 7, "answer": "1"}\n',
-        "data.path={file} row 1 has a int as prompt: it must be text or a list",
+        "{file} line 1 has a int as prompt: it must be text or a list",
     ),
-    (b'{"prompt": [], "answer": "1"}\n', "data.path={file} row 1 has a list as prompt"),
+    (b'{"prompt": [], "answer": "1"}\n', "{file} line 1 has a list as prompt"),
     (
         b'{"prompt": ["hi"], "answer": "1"}\n',
-        "data.path={file} row 1 has a chat turn without text under role",
+        "{file} line 1 has a chat turn without text under role",
     ),
     (
         b'{"prompt": [{"role": "user", "content": [{"type": "image"}]}], "answer": "1"}\n',
-        "data.path={file} row 1 has a chat turn without text under role and content:",
+        "{file} line 1 has a chat turn without text under role and content:",
     ),
     (
         b'{"prompt": [{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}], "answer": 1}\n',
-        "data.path={file} row 1 ends with a turn of 'bot': a prompt must end with the user's turn.",
+        "{file} line 1 ends with a turn of 'bot': a prompt must end with the user's turn.",
     ),
     (
         b'{"prompt": "a", "answer": null}\n',
-        "data.path={file} row 1 has an empty answer: remove the row, or set",
+        "{file} line 1 has an empty answer: remove the row, or set",
     ),
-    (b'{"prompt": "a", "answer": " "}\n', "data.path={file} row 1 has an empty answer"),
+    (b'{"prompt": "a", "answer": " "}\n', "{file} line 1 has an empty answer"),
     (
         b'{"prompt": "a", "answer": ["1", "2"]}\n',
-        "data.path={file} row 1 has a list as answer: name what is inside, such as data.fields.answer=",
+        "{file} line 1 has a list as answer: name what is inside, such as data.fields.answer=",
     ),
-    (b'{"prompt": "a", "answer": {"x": 1}}\n', "data.path={file} row 1 has a dict as answer"),
+    (b'{"prompt": "a", "answer": {"x": 1}}\n', "{file} line 1 has a dict as answer"),
 ]
+
+
+def test_a_file_that_the_system_does_not_read(tmp_path: Path) -> None:
+    file = tmp_path / "bad.jsonl"
+    file.symlink_to("/proc/self/mem")  # whose first page no process may read
+    with pytest.raises(UserError) as caught:
+        read(SourceConfig(path=str(file)))
+    assert str(caught.value) == f"{file} could not be read (Input/output error): mend it or its rights."
 
 
 @pytest.mark.parametrize(("content", "sentence"), MALFORMED_FILES, ids=range(len(MALFORMED_FILES)))

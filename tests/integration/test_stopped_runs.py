@@ -19,7 +19,8 @@ from rlhf.run import Run
 from rlhf.tracking.jsonl import read
 from rollout import recorder
 from rollout.child_engine import EngineDied
-from trainer.learner import Learner, NonFiniteError
+from trainer.errors import NonFiniteError
+from trainer.learner import Learner
 
 TINY = "dapo/tiny"
 FOLDER = Path("runs/dapo-tiny")

@@ -69,6 +69,18 @@ def test_exception_and_open_phase_keep_the_sum_right() -> None:
     assert clock.metrics()["time/update"] == 5
 
 
+def test_it_knows_how_long_nothing_has_changed_and_which_phase_failed_first() -> None:
+    advance, now = _ticking()
+    clock = Clock(now=now)
+    with clock("update"):
+        advance(5)
+        assert (clock.still, clock.failed) == (5, "")
+    assert clock.still == 0
+    with pytest.raises(ValueError, match="no"), clock("rollout"), clock("reward"):
+        raise ValueError("no")
+    assert clock.failed == "reward"
+
+
 def test_phase_inside_itself_counts_once() -> None:
     advance, now = _ticking()
     clock = Clock(now=now)

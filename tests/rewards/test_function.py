@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from rlhf.errors import UserError
+from rlhf.errors import RewardRaisedError, UserError
 from rlhf.rewards.function import BackgroundLoop, Batch, RewardFunction, load_function, singles
 from tests.rewards import reward_functions
 
@@ -24,6 +24,9 @@ BATCH = Batch(
     finished=[True, False],
     lengths=[2, 3],
 )
+
+
+RANGE = "return a float from -1e9 to 1e9, or a dict of such."
 
 
 def values(function: Callable[..., Any], **args: Any) -> list[dict[str, float]]:
@@ -126,24 +129,31 @@ def test_async_functions_work_inside_a_running_loop() -> None:
         (None, "returned None (NoneType): return a list with one score a response."),
         (
             [1.0, "good"],
-            "returned 'good' (str) for response 1: return a finite float or a dict of finite floats.",
+            f"returned 'good' (str) for response 2: {RANGE}",
         ),
         (
             [None, 1.0],
-            "returned None (NoneType) for response 0: return a finite float or a dict of finite floats.",
+            f"returned None (NoneType) for response 1: {RANGE}",
+        ),
+        (
+            [1e308, 1.0],
+            f"returned 1e+308 (float) for response 1: {RANGE}",
+        ),
+        (
+            [1.0, 10**400],
+            f"returned 1{'0' * 56}... (int) for response 2: {RANGE}",
         ),
         (
             [float("nan"), 1.0],
-            "returned nan (float) for response 0: return a finite float or a dict of finite floats.",
+            f"returned nan (float) for response 1: {RANGE}",
         ),
         (
             [{"style": "bold"}, 1.0],
-            "returned 'bold' (str) under 'style' for response 0: return a finite float or a dict of finite "
-            "floats.",
+            f"returned 'bold' (str) under 'style' for response 1: {RANGE}",
         ),
         ([{"my style": 1}, 1.0], "returned key 'my style': use letters, digits, '_', '-' and '.'."),
         ([{"accuracy": 2}, 1.0], "returned accuracy=2: it must lie between 0 and 1."),
-        ([{}, 1.0], "returned a dict without a number for response 0."),
+        ([{}, 1.0], "returned a dict without a number for response 1."),
     ],
 )
 def test_bad_results(result: Any, sentence: str) -> None:
@@ -158,8 +168,38 @@ def test_raising_names_the_part_the_function_and_the_cause() -> None:
 
     with pytest.raises(UserError) as caught:
         RewardFunction("style", score, {}, label="mine:score")(BATCH)
-    assert str(caught.value) == "reward.parts.style: mine:score raised KeyError: 'level'"
+    assert str(caught.value) == (
+        "reward.parts.style: mine:score raised KeyError: 'level' (on response 1 of 2)."
+    )
     assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_raising_names_the_response() -> None:
+    def picky(prompts: Any, responses: Any, answers: Any, rows: Any) -> Iterator[float]:
+        for response in responses:
+            if response == "abc":
+                sys.exit(3)
+            yield 1.0
+
+    def sociable(prompts: Any, responses: Any, answers: Any, rows: Any) -> list[float]:
+        if len(responses) > 1:
+            raise ValueError
+        return [1.0]
+
+    batch = Batch(
+        prompts=["?"] * 3,
+        responses=["a", "abc", "b"],
+        answers=[None] * 3,
+        rows=[{}] * 3,
+        ids=["s:7", "s:8", "s:9"],
+    )
+    for function, where in [
+        (picky, "raised SystemExit: 3 (on response 2 of 3 to s:8)."),
+        (sociable, "raised ValueError (on 3 responses together, on none that was tried alone)."),
+    ]:
+        with pytest.raises(RewardRaisedError) as caught:
+            RewardFunction("style", function, {}, label="mine:score")(batch)
+        assert str(caught.value) == f"reward.parts.style: mine:score {where}"
 
 
 def test_wrong_signatures_are_refused_before_the_first_call() -> None:

@@ -79,12 +79,12 @@ def test_three_lines_of_yaml() -> None:
         (
             {"a": {"kind": "exact_integer", "values": [1.0]}},
             {},
-            "reward.parts.a.values=[1.0] must be two numbers, [wrong, right].",
+            "reward.parts.a.values=[1.0] must be two numbers from -1e9 to 1e9, [wrong, right].",
         ),
         (
             {"a": {"kind": "exact_integer", "weight": float("nan")}},
             {},
-            "reward.parts.a.weight=nan must be a finite",
+            "reward.parts.a.weight=nan must be a number from -1e9",
         ),
         (
             {"a": {"kind": "exact_integer", "path": "m:f"}},

@@ -65,7 +65,7 @@ def test_order_is_kept(pool: WorkerPool) -> None:
 def test_alarm_ends_a_sleeping_grader_and_spares_the_worker(pool: WorkerPool) -> None:
     replaced = pool.replaced
     guilty = check_neighbors(pool.map(surrounded("sleep")))
-    assert guilty == Outcome(None, "timeout", "no answer within 1 s")
+    assert guilty == Outcome(None, "timeout", "no answer within 1 s (reward.timeout_s)")
     assert pool.replaced == replaced
 
 
@@ -73,7 +73,7 @@ def test_alarm_ends_a_sleeping_grader_and_spares_the_worker(pool: WorkerPool) ->
 def test_deaf_grader_is_killed(pool: WorkerPool, order: str) -> None:
     replaced, began = pool.replaced, time.monotonic()
     guilty = check_neighbors(pool.map(surrounded(order)))
-    assert (guilty.failure, guilty.message) == ("timeout", "no answer within 1 s")
+    assert (guilty.failure, guilty.message) == ("timeout", "no answer within 1 s (reward.timeout_s)")
     assert pool.replaced == replaced + 1
     assert time.monotonic() - began > 1.0 + sandbox.GRACE_S - 0.05
 
@@ -82,7 +82,7 @@ def test_deaf_grader_is_killed(pool: WorkerPool, order: str) -> None:
     ("order", "message"),
     [
         ("exit", "the worker died (exit status 3)"),
-        ("kill", "the worker died (signal 9)"),
+        ("kill", "the worker died (SIGKILL)"),
         ("garbage", "the worker sent something unreadable"),
     ],
 )
@@ -111,7 +111,7 @@ def test_exception_costs_one_answer_and_no_worker(pool: WorkerPool, order: str, 
 def test_memory_hog_fails_and_its_worker_is_replaced(pool: WorkerPool) -> None:
     replaced = pool.replaced
     guilty = check_neighbors(pool.map(surrounded("hog")))
-    assert (guilty.failure, guilty.message) == ("error", "out of memory")
+    assert (guilty.failure, guilty.message) == ("error", "out of memory (reward.memory_mb)")
     assert pool.replaced == replaced + 1
 
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from rollout.child_engine import ChildEngine, EngineDied, EngineError, _environment
+from rollout.child_engine import ChildEngine, _environment, kernel_kills, sender
 from rollout.engine import Request, Sampling
 from rollout.engine_server import portable
+from rollout.errors import EngineDied, EngineError, EngineOutOfMemory
 from rollout.vllm_engine import EngineSpec
 
 if TYPE_CHECKING:
@@ -107,13 +112,15 @@ def test_an_exception_that_pickle_cannot_rebuild_travels_as_text() -> None:
     assert isinstance(portable(KeyError("x"))[0], KeyError)
 
 
-def test_a_failure_inside_the_engine_is_an_engine_error() -> None:
+def test_a_failure_inside_the_engine_is_one_sentence() -> None:
     engine: Any = ChildEngine.__new__(ChildEngine)
-    engine._process = SimpleNamespace(pid=7)
-    answer = (0, False, (RuntimeError("CUDA error"), "its traceback"))
-    engine._connection = SimpleNamespace(recv=lambda: answer)
-    with pytest.raises(EngineError, match=r"CUDA error(.|\n)*process 7(.|\n)*its traceback"):
-        engine._receive(0)
+    engine._process, engine.log_path, engine._doing = SimpleNamespace(pid=7), Path("e.log"), "generating"
+    for error in (RuntimeError("CUDA error: unspecified.\nCompile with"), "NotImplementedError: no"):
+        engine._connection = SimpleNamespace(recv=lambda error=error: (0, False, (error, "its traceback")))
+        with pytest.raises(EngineError) as caught:
+            engine._receive(0)
+        said = "RuntimeError: CUDA error: unspecified" if isinstance(error, RuntimeError) else error
+        assert str(caught.value) == f"the engine failed while generating: {said} (its log is e.log)."
 
 
 def test_idle_threads_of_a_child_sleep_soon_unless_the_user_says_otherwise(
@@ -138,22 +145,92 @@ def test_loading_errors_are_raised_on_waiting(tmp_path: Path) -> None:
     engine = ChildEngine(spec(tmp_path / "missing"))
     with pytest.raises(ValueError, match=r"missing has no config\.json"):
         engine.wait()
-    with pytest.raises(EngineDied, match="ended with exit status 0"):
+    with pytest.raises(EngineDied, match="ended with exit status 0 while loading its model"):
         engine.wait()
     engine.close()
 
 
-def test_a_killed_child_is_reported_with_its_log(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_killed_child_is_one_sentence_with_the_path_of_its_log(tiny_llama: Path, tmp_path: Path) -> None:
     log = tmp_path / "engine.log"
     engine = ChildEngine(spec(tiny_llama, log_path=log))
-    log.write_text("the last words\n")
     os.kill(engine.pid, signal.SIGKILL)
-    with pytest.raises(EngineDied, match=r"ended by SIGKILL(.|\n)*the last words"):
+    with pytest.raises(EngineDied) as caught:
         engine.generate(requests(1), Sampling(max_tokens=1))
+    assert str(caught.value) == (
+        f"the engine's process {engine.pid} ended by SIGKILL while loading its model, which the kernel did "
+        f"not send for want of memory (its log is {log})."
+    )
     engine.close()
     engine.close()
     with pytest.raises(EngineError, match="closed"):
         engine.memory()
+
+
+def test_a_child_that_dies_before_it_reads_its_spec_is_reported(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sending to it fails with a BrokenPipeError, which the command line takes for a closed `| head`."""
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    monkeypatch.setattr(Connection, "send", late(Connection.send))
+    engine = ChildEngine(spec(tiny_llama))
+    with pytest.raises(EngineDied, match="ended with exit status 1 while loading its model"):
+        engine.wait()
+    engine.close()
+    assert engine.log_path.exists(), "the sentence names it"
+    engine.log_path.unlink()
+
+
+def late(send: Any) -> Any:
+    """`Connection.send` that comes when the child has ended."""
+
+    def waiting(self: Connection, message: Any) -> None:
+        time.sleep(0.3)
+        send(self, message)
+
+    return waiting
+
+
+def test_an_allocation_that_fails_in_a_child_names_the_keys_that_need_less(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    huge = dataclasses.replace(spec(tiny_llama, log_path=tmp_path / "e.log"), kv_cache_bytes=1 << 50)
+    engine = ChildEngine(huge)
+    with pytest.raises(EngineOutOfMemory) as caught:
+        engine.wait()
+    engine.close()
+    assert re.fullmatch(
+        r"the engine ran out of memory while loading its model \(Available memory on node 0 .* on kv cache "
+        r"allocation is less than requested memory for kv \(1048576.0 GiB\)\): lower rollout.kv_cache_gib "
+        r"\(on a GPU rollout.gpu_memory\) or rollout.max_num_seqs, or free memory that other processes hold "
+        rf"\(its log is {tmp_path}/e.log\).",
+        str(caught.value),
+    )
+
+
+def test_a_child_out_of_memory_while_it_generates(tiny_llama: Path, tmp_path: Path) -> None:
+    """The kernel refuses it more address space than it has."""
+    engine = ChildEngine(spec(tiny_llama, log_path=tmp_path / "e.log"))
+    engine.wait()
+    pages = int(Path(f"/proc/{engine.pid}/statm").read_text().split()[0])
+    limit = pages * os.sysconf("SC_PAGE_SIZE")
+    resource.prlimit(engine.pid, resource.RLIMIT_AS, (limit, limit))
+    with pytest.raises(EngineOutOfMemory, match=r"ran out of memory while generating \("):
+        engine.generate(requests(2000), Sampling(max_tokens=200))
+    engine.close()
+
+
+def test_who_sent_a_sigkill_is_inferred_from_the_kernels_count() -> None:
+    assert kernel_kills() is None or kernel_kills() >= 0
+    assert sender(2, 2) == ", which the kernel did not send for want of memory"
+    assert sender(2, 3).startswith(", most likely sent by the kernel for want of memory: lower rollout.kv_ca")
+    assert sender(None, 3) == ", sent by somebody or, for want of memory, by the kernel"
+
+
+def test_the_stacks_of_a_child_can_be_asked_for(child: ChildEngine) -> None:
+    stacks = child.stacks()
+    assert 'engine_server.py", line' in stacks
+    assert "in serve" in stacks
+    assert child.memory()["resident"] > 0, "it goes on as before"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")

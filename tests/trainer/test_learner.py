@@ -15,13 +15,15 @@ from tests.trainer.samples import Reinforce, make_row, random_rows, reference_lo
 from trainer.config import (
     Device,
     LearnerConfig,
+    OnNonfinite,
     OptimizerConfig,
     OptimizerName,
     Precision,
     ProfileConfig,
     ScheduleConfig,
 )
-from trainer.learner import Learner, NonFiniteError
+from trainer.errors import NonFiniteError
+from trainer.learner import Learner
 
 
 def make_learner(model: Any = None, **changes: Any) -> Learner:
@@ -128,6 +130,69 @@ def test_a_gradient_that_is_not_finite_stops_and_is_named() -> None:
     weight.register_hook(lambda grad: grad * float("nan"))
     with pytest.raises(NonFiniteError, match=r"first in model\.model\.layers\.1\.mlp\.up_proj\.weight"):
         learner.update([random_rows()])
+
+
+@pytest.mark.parametrize("dtype", list(Precision))
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_skipped_step_touches_nothing(
+    dtype: Precision, where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    learner = make_learner(dtype=dtype, on_nonfinite=OnNonfinite.skip)
+    sound, odd = random_rows(), random_rows(seed=1)
+    learner.update([sound])
+    before = copy.deepcopy(learner.state_dict())
+    if where == "loss":
+        odd[-1].advantages[0] = float("inf")
+        (metrics,) = learner.update([odd])
+    else:
+        weight = learner.policy.model.model.layers[1].mlp.up_proj.weight
+        handle = weight.register_hook(lambda grad: grad * float("nan"))
+        (metrics,) = learner.update([odd])
+        handle.remove()
+    after = learner.state_dict()
+    assert after.pop("skipped") == {"total": 1, "in_a_row": 1}
+    before.pop("skipped")
+    assert_same(after, before)
+    assert (metrics["learner/skipped_steps"], metrics["learner/optimizer_steps"]) == (1, 1)
+    assert "policy/loss" not in metrics
+    assert caplog.messages[0].startswith(f"Skipped: The {'loss is' if where == 'loss' else 'gradient norm'} ")
+    twin = make_learner(dtype=dtype)
+    twin.update([sound])
+    twin.update([random_rows(seed=2)])
+    learner.update([random_rows(seed=2)])
+    assert_same(learner.state_dict()["weights"], twin.state_dict()["weights"])
+    assert learner.state_dict()["skipped"] == {"total": 1, "in_a_row": 0}
+
+
+def test_ten_skipped_steps_in_a_row_are_the_end() -> None:
+    learner, odd = make_learner(on_nonfinite=OnNonfinite.skip), random_rows()
+    odd[0].advantages[0] = float("nan")
+    for _ in range(3):
+        learner.update([odd] * 3 + [random_rows()])
+    learner.update([odd] * 9)
+    resumed = make_learner(on_nonfinite=OnNonfinite.skip)
+    resumed.load_state_dict(learner.state_dict())
+    with pytest.raises(NonFiniteError) as caught:
+        resumed.update([odd])
+    assert str(caught.value) == (
+        "The loss is nan in optimizer step 4: log-probs are finite, so advantages, old log-probs or the loss "
+        "itself are not: look at the rewards of this step, start anew with a lower learner.optimizer.lr, or "
+        "go on from an earlier checkpoint: 10 optimizer steps in a row were dropped "
+        "(learner.on_nonfinite=skip)."
+    )
+
+
+def assert_same(one: Any, other: Any) -> None:
+    """Equal to the last bit, tensors too."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        for left, right in zip(one, other, strict=True):
+            assert_same(left, right)
+    else:
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
 def test_reference_is_the_first_policy() -> None:

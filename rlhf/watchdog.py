@@ -1,0 +1,106 @@
+"""`Watchdog`: says which phase of a run has hung, and writes down where every thread is. It stops nothing."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from rlhf.clock import Clock
+
+logger = logging.getLogger(__name__)
+
+STACKS = "stacks.txt"
+"""File in the run's folder; each report is appended."""
+
+LOOK_SECONDS = 30.0
+"""Most seconds between two looks at the clock."""
+
+STANDARD_ERROR = 2
+
+
+class Watchdog:
+    """A sleeping thread that looks now and then whether a phase has begun or ended.
+
+    When none has for `run.watchdog_minutes` it says so once, with the Python stacks of this process and of
+    the engines in the run's `stacks.txt`; the run goes on, and so does the watch. Code that lets no other
+    Python thread run (a regular expression gone wild) stops the watch too: then the interpreter itself
+    writes this process's stacks to standard error, a quarter later. Use as a context manager.
+    """
+
+    def __init__(
+        self,
+        minutes: float,
+        clock: Clock,
+        folder: Path,
+        *,
+        step: Callable[[], int],
+        engine_stacks: Callable[[], dict[str, str]] = dict,
+    ) -> None:
+        """`minutes`: 0 watches nothing, and starts no thread. `step`: the one in progress. `engine_stacks`:
+        by engine, empty text from one that does not answer."""
+        self._limit = 60.0 * minutes
+        self._clock = clock
+        self._folder = folder
+        self._step = step
+        self._engine_stacks = engine_stacks
+        self._told = False
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        """Begin to watch."""
+        if self._limit:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Watch no longer."""
+        self._stop.set()
+        if self._limit:
+            self._thread.join()
+            faulthandler.cancel_dump_traceback_later()
+
+    def _run(self) -> None:
+        pause = min(self._limit / 4, LOOK_SECONDS)
+        while True:
+            faulthandler.dump_traceback_later(1.25 * self._limit + pause, file=STANDARD_ERROR)
+            if self._stop.wait(pause):
+                return
+            self._look()
+
+    def _look(self) -> None:
+        if self._clock.still < self._limit:
+            self._told = False
+        elif not self._told:
+            self._told = True
+            self._report(self._clock.phase, self._clock.still / 60)
+
+    def _report(self, phase: str, minutes: float) -> None:
+        head = f"the phase '{phase}' of step {self._step()} has not ended for {minutes:.3g} minutes"
+        try:
+            where = f"where every thread is stands in {self._write(head)}"
+        except OSError as error:
+            where = f"where every thread is could not be written ({error.strerror})"
+        logger.warning(
+            "run.watchdog_minutes=%g: %s; %s. The run is not stopped: wait, or end it with Ctrl-C twice.",
+            self._limit / 60,
+            head,
+            where,
+        )
+
+    def _write(self, head: str) -> Path:
+        path = self._folder / STACKS
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"{head}\n\nmain process:\n")
+            file.flush()
+            faulthandler.dump_traceback(file)
+            for engine, stacks in self._engine_stacks().items():
+                file.write(f"\n{engine}:\n{stacks or 'does not answer'}\n")
+            file.write("\n")
+        return path
