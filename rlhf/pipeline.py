@@ -178,9 +178,10 @@ def build(
         folder = claim_run_folder(config, recipe)
         lock = opened.enter_context(closing(FolderLock(folder)))
         start = resume.find(config, folder)
-        initial_weights.agree(resolved.initial, folder)
         if start is None:  # what fails to load may be tried again
             opened.callback(config_file(folder).unlink, missing_ok=True)
+        else:
+            initial_weights.agree(resolved.initial, folder)
         learner, engines = _learner_and_engines(config, resolved, folder, placement)
         pool = opened.enter_context(closing(LocalPool(engines, config.run.seed)))
         probe = _probe(config, prompts, tokenizer)
