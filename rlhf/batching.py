@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 
@@ -62,7 +61,7 @@ def mini_batches(
     far as a whole mini-batch does.
     """
     bounds = _even_bounds(len(groups), loop.groups_per_mini_batch)
-    built = [_rows(groups[i:j], i, algorithm, max_new_tokens) for i, j in pairwise(bounds)]
+    built = [_rows(groups[i:j], i, algorithm, max_new_tokens) for i, j in zip(bounds, bounds[1:])]
     batches = [rows for rows, _ in built]
     return MiniBatches(
         batches=batches * loop.epochs,
