@@ -54,26 +54,20 @@ def assign_advantages(groups: Sequence[Group], algorithm: AlgorithmConfig) -> No
 def mini_batches(
     groups: Sequence[Group], algorithm: AlgorithmConfig, loop: LoopConfig, max_new_tokens: int
 ) -> MiniBatches:
-    """Split kept groups into mini-batches of at most `loop.groups_per_mini_batch` groups, in order.
+    """Split kept groups into mini-batches of `loop.groups_per_mini_batch` groups, in order.
 
-    A short rollout (dynamic sampling ran out) gives fewer mini-batches, all of one size but for one group:
-    every optimizer step is normalized by its own counts, so a single leftover group would move the policy as
-    far as a whole mini-batch does.
+    A short rollout (dynamic sampling ran out) gives fewer mini-batches, the last one perhaps smaller; its
+    token weights are computed from its own counts, so every optimizer step is normalized on its own.
     """
-    bounds = _even_bounds(len(groups), loop.groups_per_mini_batch)
-    built = [_rows(groups[i:j], i, algorithm, max_new_tokens) for i, j in zip(bounds, bounds[1:])]
+    size = loop.groups_per_mini_batch
+    chunks = [groups[i : i + size] for i in range(0, len(groups), size)]
+    built = [_rows(chunk, i * size, algorithm, max_new_tokens) for i, chunk in enumerate(chunks)]
     batches = [rows for rows, _ in built]
     return MiniBatches(
         batches=batches * loop.epochs,
         rows=[row for rows in batches for row in rows],
         empty_responses=sum(empty for _, empty in built),
     )
-
-
-def _even_bounds(count: int, most: int) -> list[int]:
-    """Where to cut `count` things into as few parts of at most `most` as there can be, as equal as can be."""
-    parts = -(-count // most)
-    return [count * part // parts for part in range(parts + 1)] if parts else [0]
 
 
 def plain_rows(groups: Sequence[Group]) -> list[Row]:
