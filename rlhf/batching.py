@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 
@@ -28,17 +27,6 @@ class MiniBatches:
     empty_responses: int
     """Responses without a token to learn from (masked, aborted or empty)."""
 
-    @property
-    def moved(self) -> list[Row]:
-        """Rows, each once, that are learned from after the first optimizer step has moved the policy.
-
-        The others meet the very policy that old log-probs are taken from, so their ratio is 1 by definition.
-        """
-        if len(self.batches) < 2:
-            return []
-        again = any(rows is self.batches[0] for rows in self.batches[1:])
-        return self.rows if again else self.rows[len(self.batches[0]) :]
-
 
 def assign_advantages(groups: Sequence[Group], algorithm: AlgorithmConfig) -> None:
     """Fill `advantage` of every trajectory from the rewards of the whole rollout (docs/dapo.md)."""
@@ -55,26 +43,20 @@ def assign_advantages(groups: Sequence[Group], algorithm: AlgorithmConfig) -> No
 def mini_batches(
     groups: Sequence[Group], algorithm: AlgorithmConfig, loop: LoopConfig, max_new_tokens: int
 ) -> MiniBatches:
-    """Split kept groups into mini-batches of at most `loop.groups_per_mini_batch` groups, in order.
+    """Split kept groups into mini-batches of `loop.groups_per_mini_batch` groups, in order.
 
-    A short rollout (dynamic sampling ran out) gives fewer mini-batches, all of one size but for one group:
-    every optimizer step is normalized by its own counts, so a single leftover group would move the policy as
-    far as a whole mini-batch does.
+    A short rollout (dynamic sampling ran out) gives fewer mini-batches, the last one perhaps smaller; its
+    token weights are computed from its own counts, so every optimizer step is normalized on its own.
     """
-    bounds = _even_bounds(len(groups), loop.groups_per_mini_batch)
-    built = [_rows(groups[i:j], i, algorithm, max_new_tokens) for i, j in pairwise(bounds)]
+    size = loop.groups_per_mini_batch
+    chunks = [groups[i : i + size] for i in range(0, len(groups), size)]
+    built = [_rows(chunk, i * size, algorithm, max_new_tokens) for i, chunk in enumerate(chunks)]
     batches = [rows for rows, _ in built]
     return MiniBatches(
         batches=batches * loop.epochs,
         rows=[row for rows in batches for row in rows],
         empty_responses=sum(empty for _, empty in built),
     )
-
-
-def _even_bounds(count: int, most: int) -> list[int]:
-    """Where to cut `count` things into as few parts of at most `most` as there can be, as equal as can be."""
-    parts = -(-count // most)
-    return [count * part // parts for part in range(parts + 1)] if parts else [0]
 
 
 def plain_rows(groups: Sequence[Group]) -> list[Row]:

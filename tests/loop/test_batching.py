@@ -61,38 +61,12 @@ def test_epochs_repeat_the_same_rows() -> None:
     assert len(built.rows) == 4
 
 
-def moved(prompts: int, mini_batch: int, epochs: int = 1) -> list[int]:
-    """Groups of the rows that want old log-probs of their own."""
-    groups = [group([trajectory(1)], str(i)) for i in range(prompts)]
-    loop = LoopConfig(prompts=prompts, group_size=1, mini_batch=mini_batch, epochs=epochs)
-    return [row.group for row in mini_batches(groups, AlgorithmConfig(), loop, 4).moved]
-
-
-def test_old_logprobs_are_wanted_where_the_policy_has_moved() -> None:
-    assert moved(4, 4) == []
-    assert moved(6, 2) == [2, 3, 4, 5]
-    assert moved(4, 2, epochs=2) == [0, 1, 2, 3]
-    assert moved(3, 3, epochs=2) == [0, 1, 2]
-    assert mini_batches([], AlgorithmConfig(), LoopConfig(prompts=2), 4).moved == []
-
-
 def test_a_short_or_empty_rollout() -> None:
     groups = [group([trajectory(1)], str(i)) for i in range(3)]
     loop = LoopConfig(prompts=4, group_size=1, mini_batch=2)
-    assert sorted(len(rows) for rows in mini_batches(groups, AlgorithmConfig(), loop, 4).batches) == [1, 2]
+    assert [len(rows) for rows in mini_batches(groups, AlgorithmConfig(), loop, 4).batches] == [2, 1]
     assert mini_batches([], AlgorithmConfig(), loop, 4).batches == []
     assign_advantages([], AlgorithmConfig())
-
-
-@pytest.mark.parametrize(
-    ("kept", "sizes"), [(32, [8, 8, 8, 8]), (9, [4, 5]), (17, [5, 6, 6]), (8, [8]), (1, [1])]
-)
-def test_a_short_rollout_is_cut_evenly(kept: int, sizes: list[int]) -> None:
-    groups = [group([trajectory(1)], str(i)) for i in range(kept)]
-    loop = LoopConfig(prompts=32, group_size=1, mini_batch=8)
-    built = mini_batches(groups, AlgorithmConfig(), loop, 4)
-    assert [len(rows) for rows in built.batches] == sizes
-    assert [row.group for row in built.rows] == list(range(kept))
 
 
 def test_plain_rows_weigh_nothing() -> None:
