@@ -225,6 +225,58 @@ def _unit(name: str) -> tuple[str, float]:
     return {"share": ("%", 100.0), "bytes": ("GiB", 2.0**-30)}.get(unit, (unit, 1.0))
 
 
+# ---------------------------------------------------------------- powers
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Positive values over positive `x`."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """Curves of one unit over one quantity, both axes logarithmic."""
+
+    title: str
+    x_label: str
+    y_label: str
+    curves: Sequence[Curve]
+
+
+def growth(charts: Sequence[Chart]) -> Figure:
+    """How cost grows: one small chart each, three in a row; a power of `x` is a straight line.
+
+    Raises ValueError without charts.
+    """
+    if not charts:
+        raise ValueError("There is no chart to draw.")
+    columns = min(3, len(charts))
+    lines = math.ceil(len(charts) / columns)
+    figure = _figure(3.7 * columns, 3.0 * lines)
+    grid = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axes, chart in zip(grid, charts):
+        _growth(axes, chart)
+    for axes in grid[len(charts) :]:
+        axes.set_visible(False)
+    return figure
+
+
+def _growth(axes: Axes, chart: Chart) -> None:
+    for color, curve in zip(COLORS, chart.curves):
+        axes.plot(curve.x, curve.y, "o-", color=color, linewidth=1.5, markersize=4, label=curve.label)
+    axes.set_xscale("log", base=2 if max(curve.x[-1] for curve in chart.curves) < 1e5 else 10)
+    axes.set_yscale("log")
+    axes.set_title(chart.title, loc="left", fontsize=10)
+    axes.set_xlabel(chart.x_label, fontsize=9)
+    axes.set_ylabel(chart.y_label, fontsize=9)
+    axes.legend(fontsize=8, frameon=False)
+    _clean(axes)
+
+
 # ---------------------------------------------------------------- time
 
 

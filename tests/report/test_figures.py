@@ -126,3 +126,15 @@ def test_seconds_come_from_the_clock_else_from_time_stamps() -> None:
 def test_running_mean_by_hand() -> None:
     assert running_mean([1.0, 2.0, 3.0, 4.0, 5.0], 3) == [1.5, 2.0, 3.0, 4.0, 4.5]
     assert running_mean([], 3) == []
+
+
+def test_powers_are_straight_lines() -> None:
+    curves = [figures.Curve("a", [4, 8, 16], [1.0, 2.0, 4.0]), figures.Curve("b", [4, 8], [3.0, 3.0])]
+    figure = figures.growth([figures.Chart("Seconds", "group size", "seconds", curves)] * 4)
+    shown = [axes for axes in figure.axes if axes.get_visible()]
+    assert len(shown) == 4
+    assert (shown[0].get_xscale(), shown[0].get_yscale()) == ("log", "log")
+    assert [line.get_label() for line in shown[0].get_lines()] == ["a", "b"]
+    assert _list(shown[0].get_lines()[0].get_ydata()) == [1.0, 2.0, 4.0]
+    with pytest.raises(ValueError, match="no chart"):
+        figures.growth([])
