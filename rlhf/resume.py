@@ -28,7 +28,8 @@ from rollout import recorder
 logger = logging.getLogger(__name__)
 
 MAY_CHANGE = (
-    "resume", "run.name", "run.dir", "loop.steps", "checkpoint.*", "evaluation.every", "tracking.*",
+    "resume", "run.name", "run.dir", "loop.steps", "loop.max_tokens", "checkpoint.*", "evaluation.every",
+    "tracking.*",
 )  # fmt: skip
 """Keys, `*` for any text, in which a resumed run may differ from what its folder says."""
 
