@@ -15,7 +15,7 @@ from rlhf.compose import load
 from rlhf.config import Config, LoopConfig
 from rollout.types import Group
 from tests.benchmarks.ablation import page
-from tests.benchmarks.ablation.__main__ import collect, valid
+from tests.benchmarks.ablation.__main__ import collect, main, valid
 from tests.benchmarks.ablation.arms import (
     AGGREGATION,
     ARMS,
@@ -210,15 +210,18 @@ def test_the_row_of_an_arm() -> None:
 
 def test_a_switch_that_never_fired_is_inactive() -> None:
     assert page.cells(BY_NAME["dapo"], {"dapo": [result()]})[-2] == (
-        "clip-higher: 0.3 % of tokens let through; dynamic sampling: 25 % of groups replaced; "
-        "token weights: 50 % of tokens weigh otherwise; overlong penalty: inactive"
+        "clip-higher: 0.3 % of tokens let through; dynamic sampling: 25.0 % of groups dropped; "
+        "token weights: 50.0 % of tokens weigh otherwise; overlong penalty: inactive"
     )
     without = [result("no_overlong", fired={OVERLONG: (0, 160)})]
     assert page.cells(BY_NAME["no_overlong"], {"no_overlong": without})[-2] == "overlong penalty: inactive"
     assert page.activity(OVERLONG, [result("no_overlong", fired={OVERLONG: (16, 160)})]) == (
-        "overlong penalty: 10 % of responses would be penalized"
+        "overlong penalty: 10.0 % of responses not penalized"
     )
-    assert page.activity(SAMPLING, [result("grpo")]) == "dynamic sampling: 25 % of groups taught nothing"
+    assert (
+        page.activity(SAMPLING, [result("grpo")])
+        == "dynamic sampling: 25.0 % of groups all right or all wrong"
+    )
 
 
 def test_what_was_not_run_says_so() -> None:
@@ -259,6 +262,17 @@ def test_the_shipped_page_is_what_the_results_say() -> None:
     assert page.splice(text, page.section(results)) == text, "run python -m tests.benchmarks.ablation --page"
 
 
+def test_arms_that_cannot_be_compared_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, sentence in [
+        ([], "loop.max_tokens=0 is no budget to compare arms at: set it to a number of tokens."),
+        (["loop.stpes=3"], "Unknown key 'loop.stpes' in 'loop.stpes=3': did you mean 'loop.steps'?"),
+    ]:
+        with pytest.raises(SystemExit) as stopped:
+            main(["--recipe", "dapo/tiny", *arguments])
+        assert stopped.value.code == 2
+        assert sentence in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- one real call
 
 
@@ -267,8 +281,9 @@ def test_a_call_runs_what_is_missing_and_nothing_twice(tmp_path: Path) -> None:
     (tmp_path / "page.md").write_text(text)
     command = [
         sys.executable, "-m", "tests.benchmarks.ablation", "--recipe", "dapo/tiny",
-        "--arms", "no_token_level", "--seeds", "3", "--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results"),
-        "--docs", str(tmp_path / "page.md"), "loop.max_tokens=400", "evaluation.every=1",
+        "--arms", "no_token_level", "--seeds", "3", "--out", str(tmp_path / "runs"),
+        "--results", str(tmp_path / "results"), "--docs", str(tmp_path / "page.md"),
+        "loop.max_tokens=400", "evaluation.every=1",
     ]  # fmt: skip
     first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
     assert first.returncode == 0, first.stdout + first.stderr

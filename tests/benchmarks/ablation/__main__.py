@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rlhf.errors import UserError
 from tests.benchmarks.ablation import page
 from tests.benchmarks.ablation.arms import ARMS, BY_NAME, RECIPE, Arm, relevant, resolve, still_valid
 from tests.benchmarks.ablation.results import Result, path_of, read
@@ -26,9 +27,16 @@ SEEDS = (0, 1, 2)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run, then report; 1 when a run failed."""
-    options = _parser().parse_args(argv)
+    """Run, then report; 1 when a run failed, 2 when the arms cannot be run."""
+    parser = _parser()
+    options = parser.parse_args(argv)
     overrides = tuple(options.overrides)
+    try:
+        budget = resolve(options.recipe, BY_NAME["dapo"], 0, overrides).loop.max_tokens
+    except UserError as error:
+        parser.error(str(error))
+    if not budget:
+        parser.error("loop.max_tokens=0 is no budget to compare arms at: set it to a number of tokens.")
     arms = [BY_NAME[name] for name in options.arms]
     jobs = [
         Job(arm, seed, options.recipe, overrides)

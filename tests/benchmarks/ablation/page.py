@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rlhf.evaluation.statistics import mean, wilson
 from rlhf.figures import COLORS
@@ -90,26 +92,30 @@ def activity(switch: str, runs: Sequence[Result]) -> str:
     total = sum(run.fired[switch][1] for run in runs)
     if not count:
         return f"{switch}: inactive"
-    config = runs[0].config
-    share = f"{100 * count / total:.2g} %" if count < total else "all"
-    match switch:
-        case _ if switch == CLIP:
-            on = config["algorithm.clip.high"] > config["algorithm.clip.low"]
-            done = "let through" if on else f"stopped above {1 + config['algorithm.clip.high']:g}"
-            return f"{switch}: {share} of tokens {done}"
-        case _ if switch == SAMPLING:
-            done = "replaced" if config["algorithm.dynamic_sampling.enabled"] else "taught nothing"
-            return f"{switch}: {share} of groups {done}"
-        case _ if switch == OVERLONG:
-            done = "penalized" if config["algorithm.overlong.buffer"] else "would be penalized"
-            return f"{switch}: {share} of responses {done}"
-    assert switch == AGGREGATION
-    return f"{switch}: {share} of tokens weigh otherwise"
+    return f"{switch}: {_percent(count, total)} of {_done(switch, runs[0].config)}"
+
+
+def _done(switch: str, config: Mapping[str, Any]) -> str:
+    """What a switch does where it is on, or what it would mend where it is off."""
+    high, low = config["algorithm.clip.high"], config["algorithm.clip.low"]
+    filtering, buffer = config["algorithm.dynamic_sampling.enabled"], config["algorithm.overlong.buffer"]
+    return {
+        CLIP: "tokens let through" if high > low else f"tokens stopped above {1 + high:g}",
+        SAMPLING: "groups dropped" if filtering else "groups all right or all wrong",
+        AGGREGATION: "tokens weigh otherwise",
+        OVERLONG: "responses penalized" if buffer else "responses not penalized",
+    }[switch]
+
+
+def _percent(count: int, total: int) -> str:
+    share = 100 * count / total
+    return f"{share:.1f} %" if share >= 1 else f"{share:.2g} %"
 
 
 def _end(run: Result, curve: str) -> float:
     """Mean of a curve over the last steps that have it."""
-    return mean([value for value in run.curves[curve] if value is not None][-LAST:])
+    there = [value for value in run.curves[curve] if value is not None]
+    return mean(there[-LAST:] or [math.nan])
 
 
 def _spread(values: Sequence[float], sign: str = "") -> str:

@@ -115,6 +115,9 @@ def _finish(started: _Started, out: Path, results: Path) -> bool:
     result = summarize(
         folder, job.config, arm=job.arm.name, recipe=job.recipe, dapo=job.dapo, commit=_commit()
     )
+    if result.tokens[-1] < result.budget:
+        print(f"{name}: FAILED, it ended after {result.tokens[-1]} of {result.budget} tokens", flush=True)
+        return False
     result.write(results)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # 1.6 GB that nothing needs any more
     accuracy = result.accuracy_at(result.budget)
