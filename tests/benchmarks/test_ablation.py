@@ -290,11 +290,12 @@ def test_a_call_runs_what_is_missing_and_nothing_twice(tmp_path: Path) -> None:
     assert first.stdout.startswith("1 of 1 runs are to be made.")
     made = read(path_of(tmp_path / "results", "no_token_level", 3))
     assert made is not None
-    assert made.tokens[-2] < 400 <= made.tokens[-1], "the step that reaches the budget is the last"
+    before, last = [0, *made.tokens][-2:]
+    assert before < 400 <= last, "the step that reaches the budget is the last"
     assert made.evaluated_at == [0, *made.tokens]
     assert 0 <= made.accuracy_at(400) <= 1
     assert made.fired[SAMPLING][1] > made.fired[SAMPLING][0] >= 0
-    assert 0 < made.fired[AGGREGATION][0] < made.fired[AGGREGATION][1]
+    assert 0 < made.fired[AGGREGATION][0] <= made.fired[AGGREGATION][1]
     assert not list((tmp_path / "runs").glob("*/checkpoints"))
     assert "without token-level loss (`seq_mean_token_mean`) | 3 |" in (tmp_path / "page.md").read_text()
 

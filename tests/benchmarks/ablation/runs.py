@@ -83,7 +83,8 @@ def run_all(
 
 
 def _start(job: Job, out: Path, side_by_side: int) -> _Started:
-    threads = max(1, len(os.sched_getaffinity(0)) // side_by_side)
+    cores = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+    threads = max(1, cores // side_by_side)
     log = job.folder(out).with_suffix(".log")
     print(f"{job.arm.name} seed {job.seed}: started with {threads} thread(s), output in {log}", flush=True)
     with log.open("ab") as output:
