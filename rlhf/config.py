@@ -60,6 +60,9 @@ class LoopConfig:
 
     steps: int = 100
     """Rollout steps; one generates, learns and publishes once. The schedule counts these."""
+    max_tokens: int = 0
+    """Generated tokens, dropped groups included, after which the step in progress is the last; 0: no limit.
+    Compares methods at equal generation."""
     prompts: int = 16
     """Groups that one step learns from (`P`), after selection."""
     group_size: int = 8
@@ -87,6 +90,7 @@ class LoopConfig:
             f"loop.{name}={value} must be at least {least}: raise it."
             for name, value, least in [
                 ("steps", self.steps, 1),
+                ("max_tokens", self.max_tokens, 0),
                 ("prompts", self.prompts, 1),
                 ("group_size", self.group_size, 1),
                 ("mini_batch", self.mini_batch, 0),

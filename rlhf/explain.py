@@ -71,6 +71,8 @@ def _arithmetic(config: Config) -> list[str]:
         "counters: step and the schedule count rollout steps, learner/optimizer_steps optimizer steps, "
         "train/prompts prompts drawn, weights/version publishes",
     ]
+    if loop.max_tokens:
+        lines.append(f"the step that generates token {loop.max_tokens} (loop.max_tokens) is the last")
     if sampling.enabled:
         most = loop.prompts * sampling.oversample * sampling.max_rounds
         lines.insert(1, f"to find them it draws at most {most:g} prompts in {sampling.max_rounds} rounds")

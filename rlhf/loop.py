@@ -55,7 +55,7 @@ class Lesson(Protocol):
 
 
 def train(run: Run) -> Summary:
-    """Train until `loop.steps`, a signal, or until selection or the data leave nothing to learn from."""
+    """Train until `loop.steps`, `loop.max_tokens`, a signal, or a want of groups or data to learn from."""
     begin(run)
     while run.goes_on:
         selection = collect(run)
@@ -98,7 +98,11 @@ def collect(run: Run) -> Selection:
     if selection.shortage:
         run.say_shortage(selection.shortage, last=selection.stop)
     run.metrics |= experience_metrics(generated, selection.groups, run.step) | selection.counts
-    run.metrics |= {"train/prompts": run.cursor.consumed, "train/epoch": run.cursor.epoch}
+    run.metrics |= {
+        "train/tokens": run.generated,
+        "train/prompts": run.cursor.consumed,
+        "train/epoch": run.cursor.epoch,
+    }
     run.trackers.completions(run.step + 1, generated)
     return selection
 

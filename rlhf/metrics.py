@@ -51,6 +51,7 @@ train/reward_std | reward | its standard deviation over responses
 train/format | share | responses that ended and from which an answer could be read
 train/responses | responses | responses generated
 train/empty_responses | responses | kept responses without a token to learn from (masked, aborted or empty)
+train/tokens | tokens | response tokens generated since the start of the run, evaluations not counted
 train/prompts | prompts | prompts consumed since the start of the run
 train/epoch | epochs | passes over the training prompts so far
 
@@ -89,6 +90,7 @@ policy/ratio | ratio | mean of new over old probability
 policy/ratio_max | ratio | largest such ratio
 policy/clip_low | share | tokens whose gradient the lower clip removed (advantage below 0)
 policy/clip_high | share | tokens whose gradient the upper clip removed (advantage above 0)
+policy/clip_spared | share | tokens that clip.high let through and a bound of clip.low would have stopped
 policy/clip_dual | share | tokens whose gradient the dual clip removed
 policy/up_clipped_prob | probability | mean probability of the tokens that the upper clip stopped
 policy/kl_old_k1 | nats | k1 estimate of KL(old, new)

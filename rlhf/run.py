@@ -34,7 +34,7 @@ from trainer.model import WeightStream
 logger = logging.getLogger(__name__)
 
 
-_COUNTERS = ("step", "stopped", "shortages", "last_metrics", "accuracies")
+_COUNTERS = ("step", "generated", "stopped", "shortages", "last_metrics", "accuracies")
 """Plain values of a `Run` that a checkpoint holds as they are."""
 
 
@@ -69,6 +69,8 @@ class Run:
     """Whether the run goes on from a checkpoint: what precedes its next step is logged already."""
     step: int = 0
     """Rollout steps finished."""
+    generated: int = 0
+    """Response tokens generated for training so far."""
     stopped: bool = False
     """Whether the run ended early for want of groups or data."""
     shortages: int = 0
@@ -83,7 +85,8 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether no step is left."""
-        return self.stopped or self.step >= self.config.loop.steps
+        loop = self.config.loop
+        return self.stopped or self.step >= loop.steps or 0 < loop.max_tokens <= self.generated
 
     @property
     def goes_on(self) -> bool:
@@ -100,7 +103,9 @@ class Run:
             )
             for pick in picks
         ]
-        return self.pool.generate(draws, self.sampling, born=self.step, decode=self.decode)
+        groups = self.pool.generate(draws, self.sampling, born=self.step, decode=self.decode)
+        self.generated += sum(len(t.response_ids) for group in groups for t in group.trajectories)
+        return groups
 
     def answer(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """One response to each prompt, for evaluation; its group ids never meet training's."""

@@ -165,6 +165,7 @@ def _policy_metrics(
     meter.maximum("policy/ratio_max", ratio)
     meter.mean("policy/clip_low", low)
     meter.mean("policy/clip_high", high)
+    meter.mean("policy/clip_spared", spared_tokens(config, ratio, tokens.advantages))
     meter.mean("policy/clip_dual", dual)
     meter.mean("policy/up_clipped_prob", probability, where=high)
     meter.mean("policy/kl_old_k1", -moved)
@@ -189,6 +190,13 @@ def clipped_tokens(
     negative = advantages < 0
     dual = negative & (ratio > config.clip.dual) if config.clip.dual else torch.zeros_like(low)
     return low & negative, high & (advantages > 0), dual
+
+
+def spared_tokens(config: AlgorithmConfig, ratio: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+    """Where clip-higher acts, `[M]` bool: the ratio lies above `1 + low` and not above `1 + high`, and the
+    clip would bind. Nowhere when the bounds are symmetric."""
+    between = (ratio > 1 + config.clip.low) & (ratio <= 1 + config.clip.high)
+    return between if config.objective is Objective.cispo else between & (advantages > 0)
 
 
 def _mismatch_metrics(

@@ -290,8 +290,8 @@ def test_fully_masked_micro_batch_has_a_zero_loss_with_a_graph() -> None:
 
 
 def test_metrics() -> None:
-    """Six tokens: clipped low, clipped high (twice), dual, and two inside the bounds."""
-    ratios = torch.tensor([0.5, 1.5, 2.0, 11.0, 1.0, 1.1])
+    """Six tokens: clipped low, clipped high (twice), dual, spared by clip-higher, and inside the bounds."""
+    ratios = torch.tensor([0.5, 1.5, 2.0, 11.0, 1.25, 1.1])
     advantages = torch.tensor([-1.0, 1.0, 1.0, -1.0, 1.0, -1.0])
     logprobs = torch.tensor([0.3, 0.2, 0.1, 0.9, 0.6, 0.5]).log()
     old = logprobs - ratios.log()
@@ -305,6 +305,7 @@ def test_metrics() -> None:
     expected = {
         "policy/clip_low": 1 / 6,
         "policy/clip_high": 2 / 6,
+        "policy/clip_spared": 1 / 6,
         "policy/clip_dual": 1 / 6,
         "policy/up_clipped_prob": 0.15,
         "policy/ratio": float(ratios.mean()),

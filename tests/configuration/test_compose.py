@@ -16,6 +16,7 @@ from rlhf.config_reference import markdown, reference
 from rlhf.explain import explain
 
 SHIPPED = [
+    "dapo/ablation",
     "dapo/aime_qwen2.5_32b",
     "dapo/arithmetic",
     "dapo/arithmetic_lora",
