@@ -172,8 +172,8 @@ class Run:
 
         The first publish brings these weights to the engines, under the version that they had.
         """
-        for name in _COUNTERS:
-            setattr(self, name, state["counters"][name])
+        for name, value in state["counters"].items():
+            setattr(self, name, value)
         self.publisher.version = state["version"] - 1
         self.clock.elapsed = state["elapsed"]
         self.learner.load_state_dict(state["learner"])
