@@ -21,6 +21,7 @@ import json
 import os
 import random
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -319,7 +320,7 @@ def _build_llm(spec: EngineSpec) -> Any:
 
         register()
     on_cpu = current_platform.is_cpu()
-    with _compiled_model_reloads():
+    with _compiled_model_reloads(), _lock_of_one_process():
         llm = LLM(**_llm_arguments(spec, on_cpu))
     if on_cpu:
         from rollout.vllm_sampler import install
@@ -389,6 +390,23 @@ def _compiled_model_reloads() -> Iterator[None]:
         yield
     finally:
         torch.compiler.load_compiled_function = load
+
+
+@contextlib.contextmanager
+def _lock_of_one_process() -> Iterator[None]:
+    """Give vLLM's one-process executor a lock between threads.
+
+    The one between processes that it makes is shared with nobody, and cannot be had where `/dev/shm` is full.
+    """
+    from vllm.v1.executor import uniproc_executor
+
+    module: Any = uniproc_executor
+    between_processes = module.Lock
+    module.Lock = threading.Lock
+    try:
+        yield
+    finally:
+        module.Lock = between_processes
 
 
 def _engine_length(spec: EngineSpec) -> int:

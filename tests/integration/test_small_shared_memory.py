@@ -40,7 +40,6 @@ def in_full_shared_memory(*command: str, cwd: Path) -> subprocess.CompletedProce
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
     )
 
 
