@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from rlhf import loop, pipeline
 from rlhf.compose import load
 from rlhf.errors import RunStoppedError
-from rollout.child_engine import EngineDied
+from rollout.errors import EngineDied
 from tests.adapters.test_lora import lora_learner
 from tests.trainer.samples import Reinforce, tiny_model
 from trainer.config import Device, LearnerConfig

@@ -18,7 +18,7 @@ from rlhf.errors import InterruptedRunError, RunStoppedError, UserError
 from rlhf.run import Run
 from rlhf.tracking.jsonl import read
 from rollout import recorder
-from rollout.child_engine import EngineDied
+from rollout.errors import EngineDied
 from trainer.errors import NonFiniteError
 from trainer.learner import Learner
 
@@ -142,19 +142,25 @@ def test_a_run_ends_when_its_data_end(caplog: pytest.LogCaptureFixture) -> None:
 # ---------------------------------------------------------------- while it loads
 
 
-@pytest.mark.parametrize("error", [EngineDied("its process ended by SIGKILL"), RuntimeError("no memory")])
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (EngineDied("its process ended by SIGKILL."), "its process ended by SIGKILL."),
+        (RuntimeError("odd"), "an engine could not be loaded: RuntimeError: odd."),
+    ],
+)
 def test_an_engine_that_does_not_load_is_one_sentence(
-    error: Exception, monkeypatch: pytest.MonkeyPatch
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline, "build_engines", fails(error))
     for overrides in ({}, {"rollout.process": "child"}):
         with pytest.raises(RunStoppedError) as caught:
             rlhf.train(TINY, overrides)
-        assert str(caught.value) == f"the run could not start: an engine could not be loaded: {error}"
+        assert str(caught.value) == f"the run could not start: {said}"
     assert not (FOLDER / "config.yaml").exists(), "the folder may be asked for again"
     with pytest.raises(RunStoppedError) as caught:
         pipeline.evaluate_config(load(TINY))
-    assert str(caught.value) == f"the evaluation stopped: an engine could not be loaded: {error}"
+    assert str(caught.value) == f"the evaluation stopped: {said}"
 
 
 @pytest.mark.parametrize("process", ["inprocess", "child"])

@@ -278,7 +278,7 @@ def test_function_in_the_sandbox_fails_one_answer_at_a_time(caplog: pytest.LogCa
         assert [member.grade_status for member in scored.trajectories[6:9]] == ["timeout", "error", "error"]
         assert report.statuses["judge"] == {"ok": 9, "timeout": 1, "error": 2}
         assert caplog.messages == [
-            "reward.parts.judge: an answer to sums:1 could not be graded: no answer within 1 s "
+            "reward.parts.judge: an answer to sums:0 could not be graded: no answer within 1 s "
             "(reward.timeout_s); more are counted in reward/judge_error and reward/judge_timeout."
         ]
         assert report.failures()["reward/replaced_workers"] == 1

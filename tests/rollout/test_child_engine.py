@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -205,18 +204,6 @@ def test_an_allocation_that_fails_in_a_child_names_the_keys_that_need_less(
         rf"\(its log is {tmp_path}/e.log\).",
         str(caught.value),
     )
-
-
-def test_a_child_out_of_memory_while_it_generates(tiny_llama: Path, tmp_path: Path) -> None:
-    """The kernel refuses it more address space than it has."""
-    engine = ChildEngine(spec(tiny_llama, log_path=tmp_path / "e.log"))
-    engine.wait()
-    pages = int(Path(f"/proc/{engine.pid}/statm").read_text().split()[0])
-    limit = pages * os.sysconf("SC_PAGE_SIZE")
-    resource.prlimit(engine.pid, resource.RLIMIT_AS, (limit, limit))
-    with pytest.raises(EngineOutOfMemory, match=r"ran out of memory while generating \("):
-        engine.generate(requests(2000), Sampling(max_tokens=200))
-    engine.close()
 
 
 def test_who_sent_a_sigkill_is_inferred_from_the_kernels_count() -> None:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from rollout.child_engine import EngineDied
 from rollout.config import EngineDtype, EngineProcess, RolloutConfig
 from rollout.engine import Completion, Request, Sampling
+from rollout.errors import EngineDied
 from rollout.pool import Draw, LocalPool, build_engines
 from rollout.types import FinishReason, Prompt, VersionSpan, sample_seed
 
