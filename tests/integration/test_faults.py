@@ -75,7 +75,7 @@ def test_a_learner_out_of_memory_names_what_needs_less(
 def test_gradients_that_are_not_finite_stop_or_are_skipped(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    build = pipeline._learner
+    build = pipeline.build_learner
 
     def sick(*arguments: Any) -> Learner:
         learner = build(*arguments)
@@ -83,7 +83,7 @@ def test_gradients_that_are_not_finite_stop_or_are_skipped(
         weight.register_hook(lambda grad: grad * float("nan") if learner.rollout_step == 1 else grad)
         return learner
 
-    monkeypatch.setattr(pipeline, "_learner", sick)
+    monkeypatch.setattr(pipeline, "build_learner", sick)
     assert main(RUN) == 1
     said = last_line(capsys)
     assert re.fullmatch(
