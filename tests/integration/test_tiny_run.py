@@ -21,6 +21,7 @@ FAST = ["loop.steps=3", "evaluation.every=2", "checkpoint.every=2"]
 OPTIONAL = {
     "policy/kl_reference": "a reference model",
     "weights/merge_gap": "LoRA",
+    "learner/skipped_steps": "learner.on_nonfinite=skip",
     "memory/peak_<phase>": "a sample, taken once a second, inside a step",
     "memory/device_allocated": "CUDA",
     "memory/device_peak": "CUDA",
