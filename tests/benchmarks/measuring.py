@@ -22,10 +22,13 @@ from rlhf.memory import pss, rss, tree
 class PeakMemory:
     """The highest summed PSS of a process and its descendants, looked at by a thread of this process.
 
-    A look adds up RSS, which is never below PSS. PSS itself costs 10 ms a GiB and is read only when that sum
-    beats the highest PSS so far, so nothing that could raise the maximum goes unread. Use as a context
-    manager.
+    A look adds up RSS. PSS itself costs 10 ms a GiB, which at every look would take a core from what is
+    measured, so it is read only when RSS, less what was counted twice in it at the last reading, is above the
+    peak by `MARGIN`, and every `READING_SECONDS` for the case that less is shared. Use as a context manager.
     """
+
+    MARGIN = 0.002
+    READING_SECONDS = 5.0
 
     def __init__(self, process: int, rate: float = 20.0) -> None:
         """Prepare. `process`: id of the tree's root; `rate`: looks a second."""
@@ -35,6 +38,8 @@ class PeakMemory:
         self.longest_gap = 0.0
         """Seconds between the two looks that lay furthest apart."""
         self._process = process
+        self._shared = 0
+        self._read = -math.inf
         self._interval = 1 / rate
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="peak-memory", daemon=True)
@@ -68,8 +73,12 @@ class PeakMemory:
         except psutil.NoSuchProcess:
             return
         self.looks += 1
-        if rss(processes) > self.peak:
-            self.peak = max(self.peak, pss(processes) or 0)
+        now, resident_bytes = time.perf_counter(), rss(processes)
+        above = resident_bytes - self._shared > self.peak * (1 + self.MARGIN)
+        if above or now - self._read > self.READING_SECONDS:
+            proportional = pss(processes) or 0
+            self.peak, self._read = max(self.peak, proportional), now
+            self._shared = resident_bytes - proportional
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
