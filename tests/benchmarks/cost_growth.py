@@ -9,7 +9,7 @@ grows; all responses have the limit's length, and one micro-batch holds the whol
 is named. Every point of the learner runs in a process of its own, whose peak the kernel keeps. `step` memory
 is that peak during a step, less what the process held before the model was made and less weights, gradient
 and Adam's moments. Generation is one group, log-probs included; its memory is the KV cache, which is reserved
-at the start, and is not measured. The head is measured alone: log-probs of 1024 tokens and their gradient,
+at the start, and is not measured. The head is measured alone: log-probs of 2048 tokens and their gradient,
 above its weight and the weight's gradient, and the plain log-softmax beside it.
 """
 
@@ -211,7 +211,8 @@ def rows_of(point: Point) -> list[Any]:
     ]
 
 
-HEAD_TOKENS = 1024
+HEAD_TOKENS = 2048
+"""So many that the logits of the smallest vocabulary in the test outweigh what malloc asks for anew."""
 
 
 def head_point(point: Point) -> Json:

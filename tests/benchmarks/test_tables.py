@@ -129,5 +129,5 @@ def test_a_point_measures_itself_and_the_head_holds_no_logits(tmp_path: Path) ->
     steps = {s["name"]: [value["step"] for value in s["values"]] for s in result["series"]}
     logits = cost_growth.HEAD_TOKENS * 16_384 * 4
     assert steps["plain log-softmax"][1] > 2 * logits
-    assert steps["sliced head"][1] < 1.5 * logits  # 0.7 to 1.1 seen: pages that malloc had to ask for anew
+    assert steps["sliced head"][1] < logits
     assert (tmp_path / "x.png").stat().st_size > 10_000
