@@ -74,6 +74,9 @@ class LoopConfig:
     staleness: int = 0
     """Learner steps that generation may run ahead of learning, and the largest age of groups that are not
     carried over. 0 is synchronous."""
+    inflight_updates: bool = False
+    """Engines take new weights in the midst of a round instead of at its end; its responses go on under them.
+    Needs `staleness` above 0."""
 
     @property
     def groups_per_mini_batch(self) -> int:
@@ -100,6 +103,11 @@ class LoopConfig:
             ]
             if value < least
         ]
+        if self.inflight_updates and not self.staleness:
+            found.append(
+                "loop.inflight_updates=true needs generation beside learning and loop.staleness=0 has none: "
+                "set loop.staleness=1 or more."
+            )
         if not found and self.prompts % self.groups_per_mini_batch:
             found.append(
                 f"loop.mini_batch={self.mini_batch} does not divide loop.prompts={self.prompts}: "

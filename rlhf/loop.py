@@ -136,7 +136,7 @@ def fill_logprobs(run: Lesson, batches: MiniBatches) -> None:
 
 def publish(run: Run) -> None:
     """Send the weights to every engine and prove that they arrived; stops the run when they did not."""
-    with run.between_rounds(), run.clock("publish"):
+    with run.publishing(), run.clock("publish"):
         run.metrics |= run.publisher.publish(run.weights(), run.learner.score).metrics()
         if run.learner.has_adapter:
             run.metrics["weights/merge_gap"] = run.learner.merge_gap(run.engine_dtype)

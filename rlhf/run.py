@@ -28,7 +28,7 @@ from rlhf.tracking.base import Trackers
 from rollout.engine import Sampling
 from rollout.pool import Draw, LocalPool
 from rollout.recorder import Recorder
-from rollout.turns import Turns
+from rollout.turns import Turns, paused
 from rollout.types import Group, Prompt
 from rollout.weights.publisher import Publisher
 from trainer.learner import Learner
@@ -105,6 +105,10 @@ class Run:
     def between_rounds(self) -> AbstractContextManager[None]:
         """Wait until the engines have ended the round in progress; no other begins inside the block."""
         return self.turns(waiting=self.clock("wait"))
+
+    def publishing(self) -> AbstractContextManager[None]:
+        """When engines may take new weights: between rounds, with `loop.inflight_updates` in their midst."""
+        return paused(self.pool.engines) if self.config.loop.inflight_updates else self.between_rounds()
 
     def answer(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """One response to each prompt, for evaluation; its group ids never meet training's."""

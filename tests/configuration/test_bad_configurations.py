@@ -131,6 +131,10 @@ CASES = [
         ["rollout.engines=2"],
         "rollout.engines=2 with rollout.process=inprocess: one process holds one engine; use rollout.process=child.",
     ),
+    (
+        ["loop.inflight_updates=true"],
+        "loop.inflight_updates=true needs generation beside learning and loop.staleness=0 has none: set loop.staleness=1 or more.",
+    ),
     (["loop.staleness=-1"], "loop.staleness=-1 must be at least 0: raise it."),
     (
         ["loop.staleness=1"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -116,6 +117,12 @@ def test_generation_is_never_further_ahead_than_the_bound(lead: int) -> None:
             assert drawn == draws_of(trainer.updates + lead), "exactly what the bound allows"
 
 
+def hold(entered: threading.Event, go_on: threading.Event) -> None:
+    """A round that lasts until it is told to go on."""
+    entered.set()
+    go_on.wait(10)
+
+
 def at_rest(lines: Lines) -> None:
     """Until no further round begins."""
     before = -1
@@ -165,7 +172,7 @@ def test_a_publish_waits_for_the_round_and_the_next_round_for_the_publish() -> N
     with closing(Trainer(lines, 1)) as trainer:
         trainer.step()
         at_rest(lines)
-        lines.before_round = lambda: (entered.set(), go_on.wait(10))[0]
+        lines.before_round = functools.partial(hold, entered, go_on)
         trainer.source.next(1)
         assert entered.wait(10)
         published: list[int] = []
@@ -216,7 +223,7 @@ def test_stopping_returns_at_once_and_closing_waits_for_the_round() -> None:
     with closing(Trainer(lines, 1, max_rounds=1)) as trainer:
         trainer.step()
         at_rest(lines)
-        lines.before_round = lambda: (entered.set(), go_on.wait(10))[0]
+        lines.before_round = functools.partial(hold, entered, go_on)
         trainer.step()
         assert entered.wait(10)
         trainer.source.stop()

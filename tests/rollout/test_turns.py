@@ -30,7 +30,8 @@ def asking(turns: Turns, name: str, log: list[str]) -> threading.Thread:
 
 
 def test_who_asked_first_comes_first_and_alone() -> None:
-    turns, log = Turns(), []
+    turns = Turns()
+    log: list[str] = []
     with turns():
         threads = [asking(turns, name, log) for name in "abcd"]
         assert log == []
@@ -40,7 +41,8 @@ def test_who_asked_first_comes_first_and_alone() -> None:
 
 
 def test_one_that_comes_back_at_once_does_not_overtake() -> None:
-    turns, log = Turns(), []
+    turns = Turns()
+    log: list[str] = []
     with turns():
         thread = asking(turns, "publish", log)
     with turns():
@@ -58,7 +60,8 @@ def test_an_exception_ends_a_turn() -> None:
 
 
 def test_ctrl_c_while_waiting_gives_the_place_up() -> None:
-    turns, log, leave = Turns(), [], threading.Event()
+    turns, leave = Turns(), threading.Event()
+    log: list[str] = []
 
     def hold() -> None:
         with turns():
