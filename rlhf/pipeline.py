@@ -16,6 +16,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from rlhf import environment, faults, initial_weights, models, report, resume, state_file
+from rlhf.ahead import Ahead
 from rlhf.algorithms.dynamic_sampling import Selector
 from rlhf.algorithms.losses import build_loss
 from rlhf.checkpoint import Checkpoints
@@ -30,6 +31,7 @@ from rlhf.evaluation.config import Split
 from rlhf.evaluation.graders import second_opinions
 from rlhf.evaluation.runner import Evaluation, evaluate, sampling_for
 from rlhf.files import replace_text
+from rlhf.generation import Direct, Generation, Source
 from rlhf.loop import Summary, train
 from rlhf.memory import MemoryMonitor
 from rlhf.models import ResolvedModel
@@ -46,6 +48,7 @@ from rollout.engine import Engine
 from rollout.errors import EngineError
 from rollout.pool import Draw, LocalPool, build_engines
 from rollout.recorder import Recorder
+from rollout.turns import Turns
 from rollout.types import Prompt
 from rollout.weights.probe import probe_length, probe_sequences
 from rollout.weights.publisher import Publisher
@@ -191,19 +194,34 @@ def build(
         sampling = config.rollout.sampling(models.end_token_ids(tokenizer, resolved.folder))
         _announce(resolved, splits, engines, sampling, learner)
         clock = Clock()
+        generation = Generation(
+            config=config,
+            prompts=prompts,
+            cursor=_cursor(config, splits, prompts),
+            selector=Selector(config.algorithm.dynamic_sampling, config.loop.prompts),
+            pool=pool,
+            turns=Turns(),
+            sampling=sampling,
+            scorer=scorer,
+            learner=learner,
+            decode=functools.partial(_decode, tokenizer),
+            updates=lambda: publisher.version - 1,
+        )
         run = Run(
             config=config,
             folder=folder,
             lock=lock,
             checkpoints=Checkpoints(folder, config.checkpoint),
-            prompts=prompts,
             heldout=heldout,
-            cursor=_cursor(config, splits, prompts),
+            generation=generation,
+            source=_source(config, generation, clock),
+            cursor=generation.cursor,
+            selector=generation.selector,
             tokenizer=tokenizer,
             pool=pool,
+            turns=generation.turns,
             sampling=sampling,
             scorer=scorer,
-            selector=Selector(config.algorithm.dynamic_sampling, config.loop.prompts),
             learner=learner,
             publisher=publisher,
             graders=second_opinions(config.reward),
@@ -227,6 +245,21 @@ def _go_on(run: Run, start: resume.Start) -> dict[str, str]:
         logger.info("%s goes on after step %d.", run.folder, start.step)
     resume.cut_back(run.folder, start.step)
     return state.get("trackers", {})
+
+
+def _source(config: Config, generation: Generation, clock: Clock) -> Source:
+    """Where steps get their groups from: generated when they ask, or up to `loop.staleness` steps ahead."""
+    loop = config.loop
+    return (
+        Ahead(generation, clock, lead=loop.staleness, last=loop.steps)
+        if loop.staleness
+        else Direct(generation, clock)
+    )
+
+
+def _decode(tokenizer: Any, token_ids: list[int]) -> str:
+    """Text of a response without special tokens."""
+    return str(tokenizer.decode(token_ids, skip_special_tokens=True))
 
 
 def _cursor(config: Config, splits: Splits, prompts: dict[str, list[Prompt]]) -> Cursor:
@@ -452,7 +485,7 @@ def _evaluate(config: Config) -> Evaluation:
                 [Draw(prompt=p, group_id=f"eval/{p.id}", samples=1) for p in asked],
                 sampling,
                 born=0,
-                decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
+                decode=functools.partial(_decode, tokenizer),
             ),
             scorer.score,
             sampling_for(config.evaluation, training),
