@@ -183,8 +183,8 @@ class Run:
         self.resumed = True
 
     def close(self) -> None:
-        """Release engines, graders and trackers, whatever happened before."""
-        for part in (self.trackers, self.publisher, self.pool, self.scorer, self.lock):
+        """Release engines, graders, trackers and other ranks, whatever happened before."""
+        for part in (self.trackers, self.publisher, self.pool, self.learner, self.scorer, self.lock):
             try:
                 part.close()
             except Exception:
