@@ -98,22 +98,18 @@ sys.exit(main(arguments))
 """A run of which one rank does something in its second step."""
 
 
+MEMORY = "raise MemoryError('no more')"
+KILL = "os.kill(os.getpid(), 9)"
+STOPPED = "rlhf: the run stopped in step 2: "
+
+
 @pytest.mark.parametrize(
     ("rank", "what", "said_at_last"),
     [
-        (
-            "1",
-            "raise MemoryError('no more')",
-            "rlhf: the run stopped in step 2: rank 1 of the learner failed: the learner ran out of memory in the "
-            "phase 'learning': ",
-        ),
-        ("1", "os.kill(os.getpid(), 9)", "rlhf: the run stopped in step 2: a rank of the learner has ended"),
-        (
-            "0",
-            "raise MemoryError('no more')",
-            "rlhf: the run stopped in step 2: the learner ran out of memory",
-        ),
-        ("0", "os.kill(os.getpid(), 9)", ""),
+        ("1", MEMORY, f"{STOPPED}rank 1 of the learner failed: the learner ran out of memory"),
+        ("1", KILL, f"{STOPPED}a rank of the learner has ended"),
+        ("0", MEMORY, f"{STOPPED}the learner ran out of memory in the phase 'update'"),
+        ("0", KILL, ""),
     ],
     ids=["error on a follower", "kill of a follower", "error on rank 0", "kill of rank 0"],
 )

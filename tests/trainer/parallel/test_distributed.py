@@ -14,7 +14,7 @@ from tests.trainer.parallel import ranks
 from tests.trainer.parallel.ranks import adam, build, config, join, led, sgd
 from tests.trainer.samples import make_row, random_rows
 from trainer.batch import Row
-from trainer.config import LoraConfig, OnNonfinite
+from trainer.config import LoraConfig, OnNonfinite, Precision
 from trainer.errors import NonFiniteError
 from trainer.learner import Learner
 from trainer.packing import pack
@@ -43,6 +43,8 @@ def outcome(parallel: ParallelConfig | None = None) -> dict[str, Any]:
     found["one group"] = led(one_group, config(), team)
     found["odd"] = led(odd_steps, config(on_nonfinite=OnNonfinite.skip), team)
     found["stopped"] = led(stopped, config(), team)
+    found["resumed"] = led(resumed, config(optimizer=adam()), team)
+    found["bfloat16"] = led(two_steps, config(dtype=Precision.bfloat16), team)
     found["lora"] = led(adapted, config(lora=LoraConfig(rank=2)), team, needs_reference=True)
     if team is not None:
         team.leave()
@@ -55,7 +57,9 @@ def gradients(team: Team | None) -> dict[str, dict[str, Tensor]]:
     found = {f"budget {budget}": _gradient(learner, ROWS, budget) for budget in (24, 60, 4096)}
     found["one group"] = _gradient(learner, ROWS[:4], 60)
     learner.policy.shares_prompts = False
-    return found | {"unshared": _gradient(learner, ROWS, 60)}
+    found["unshared"] = _gradient(learner, ROWS, 60)
+    recomputing = build(config(activation_checkpointing=True), team)
+    return found | {"recomputed": _gradient(recomputing, ROWS, 60)}
 
 
 def _gradient(learner: Learner, rows: list[Row], budget: int) -> dict[str, Tensor]:
@@ -107,6 +111,26 @@ def stopped(learner: Learner) -> dict[str, Any]:
     with pytest.raises(NonFiniteError) as caught:
         learner.update([odd])
     return {"said": str(caught.value), "unmoved": learner.logprobs(ROWS) == before}
+
+
+def resumed(learner: Learner) -> dict[str, Any]:
+    """The state of one process goes on here, and what comes of it goes on in one process again."""
+    first, last = (build(learner.config, None) for _ in range(2))
+    first.update([ROWS[:8], ROWS[8:]])
+    first.end_rollout()
+    learner.load_state_dict(copy.deepcopy(first.state_dict()))
+    found = {"here": learner.update([ROWS]), "there": first.update([ROWS])}
+    last.load_state_dict(copy.deepcopy(learner.state_dict()))
+    for one in (first, learner, last):
+        one.update([ROWS])
+    weights = [{name: tensor.clone() for name, tensor in one.weights()} for one in (first, learner, last)]
+    return found | {"weights": weights, "steps": (learner.optimizer_steps, learner.rollout_step)}
+
+
+def two_steps(learner: Learner) -> dict[str, Any]:
+    """Two steps, and the weights in float32."""
+    metrics = learner.update([ROWS[:8], ROWS[8:]])
+    return {"metrics": metrics, "weights": learner.state_dict()["weights"]}
 
 
 def adapted(learner: Learner) -> dict[str, Any]:
@@ -194,6 +218,26 @@ def test_a_step_that_is_odd_on_one_rank_is_dropped_on_all(layout: str) -> None:
     assert_near(found["weights"], expected["weights"])
     stop = spread(layout)[0]["stopped"]
     assert stop == {"said": alone()["stopped"]["said"], "unmoved": True}
+
+
+@every_layout
+def test_a_state_goes_on_with_any_number_of_ranks(layout: str) -> None:
+    found = spread(layout)[0]["resumed"]
+    assert found["steps"] == (4, 1)
+    first, here, last = found["weights"]
+    assert_near(here, first)
+    assert_near(last, first)
+    for name, value in found["there"][0].items():
+        if name != "learner/micro_batches":
+            assert found["here"][0][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+@every_layout
+def test_bfloat16_learns_as_one_process_does(layout: str) -> None:
+    expected, found = alone()["bfloat16"], spread(layout)[0]["bfloat16"]
+    for got, one in zip(found["metrics"], expected["metrics"], strict=True):
+        assert got["learner/grad_norm"] == pytest.approx(one["learner/grad_norm"], rel=0.03)
+    assert_near(found["weights"], expected["weights"], share=2e-3)
 
 
 @every_layout
