@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import signal
 import time
 from collections.abc import Iterator
@@ -105,6 +106,7 @@ def follow_config(config: Config) -> int:
 
 
 def _follow(config: Config, team: Team) -> None:
+    logging.disable(logging.WARNING)  # rank 0 says it too
     wait_to_build(team.channel)
     transformers_logging.disable_progress_bar()
     untraced = dataclasses.replace(config.learner, profile=ProfileConfig())
