@@ -179,9 +179,10 @@ class Run:
         self.resumed = True
 
     def close(self) -> None:
-        """Release engines, graders and trackers, whatever happened before."""
+        """Release engines, graders, trackers and other ranks, whatever happened before."""
         self.source.stop()
-        for part in (self.trackers, self.publisher, self.pool, self.scorer, self.source, self.lock):
+        parts = (self.trackers, self.publisher, self.pool, self.learner, self.scorer, self.source, self.lock)
+        for part in parts:
             try:
                 part.close()
             except Exception:
