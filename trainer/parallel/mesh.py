@@ -16,8 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from trainer.errors import RankError, out_of_memory
 from trainer.master_weights import MasterWeights
 from trainer.parallel.channel import LEADER, GroupChannel
-from trainer.parallel.config import ParallelConfig
-from trainer.parallel.sharding import ShardedWeights, gathered_no_more, known, shard, slice_of, whole
+from trainer.parallel.config import Degrees, ParallelConfig
+from trainer.parallel.sharding import TENSOR, ShardedWeights, gathered_no_more, known, shard, slice_of, whole
 from trainer.parallel.world import World
 from trainer.policy import Policy
 from trainer.ranks import Like
@@ -49,10 +49,11 @@ class Team:
         degrees = config.degrees(world.size)
         if device.type == "cuda":
             torch.cuda.set_device(world.local_rank)
-        self.rank = world.rank
+        self.rank, self.world_size = world.rank, world.size
         self.size = degrees.replicate * degrees.shard
+        self.tensor = degrees.tensor
         self._store = _meet(world, device)
-        self._mesh = _mesh(device, degrees.replicate, degrees.shard)
+        self._mesh = _mesh(device, degrees)
         self._control = dist.new_group(backend="gloo", timeout=PATIENCE)
         self.channel = GroupChannel(self._control)
 
@@ -60,6 +61,10 @@ class Team:
     def leads(self) -> bool:
         """Whether this is rank 0."""
         return self.rank == LEADER
+
+    def share(self, rank: int) -> int:
+        """Which share of the rows a rank learns from, `0..size-1`."""
+        return rank // self.tensor
 
     def place(self, policy: Policy, dtype: torch.dtype) -> MasterWeights:
         """Shard a policy in place; see `trainer.parallel.sharding`."""
@@ -77,14 +82,14 @@ class Team:
         gathered_no_more(policy)
 
     def exchange(self, report: dict[str, Any]) -> list[dict[str, Any]]:
-        """Every rank's report, in the order of ranks."""
+        """The report of every share of the rows, in order."""
         content = torch.frombuffer(bytearray(json.dumps(report).encode()), dtype=torch.uint8)
         length = self.most(len(content))
         padded = torch.full((length,), ord(" "), dtype=torch.uint8)
         padded[: len(content)] = content
         parts = [torch.empty_like(padded) for _ in range(dist.get_world_size(self._control))]
         dist.all_gather(parts, padded, group=self._control)
-        return [json.loads(part.numpy().tobytes()) for part in parts]
+        return [json.loads(part.numpy().tobytes()) for part in parts[:: self.tensor]]
 
     def whole(self, tensor: Tensor) -> Tensor:
         """A sliced tensor, gathered on every rank."""
@@ -188,8 +193,8 @@ def _meet(world: World, device: torch.device) -> dist.Store:
     return store
 
 
-def _mesh(device: torch.device, replicate: int, shard: int) -> DeviceMesh:
-    """One dimension, or two where there are several copies."""
-    if replicate == 1:
-        return init_device_mesh(device.type, (shard,), mesh_dim_names=("shard",))
-    return init_device_mesh(device.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
+def _mesh(device: torch.device, degrees: Degrees) -> DeviceMesh:
+    """`shard`, with `replicate` before it and `tensor` behind where these are above 1."""
+    sizes = {"replicate": degrees.replicate, "shard": degrees.shard, TENSOR: degrees.tensor}
+    names = [name for name, size in sizes.items() if size > 1 or name == "shard"]
+    return init_device_mesh(device.type, tuple(sizes[name] for name in names), mesh_dim_names=tuple(names))
