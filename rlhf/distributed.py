@@ -84,7 +84,7 @@ def _ranked(team: Team, *arguments: Any, **options: Any) -> Learner:
 
 
 def follow_config(config: Config) -> int:
-    """All that a rank above 0 does; returns its exit status, 1 when it failed or rank 0 ended before its time.
+    """All that a rank above 0 does; returns its exit status, 1 when it failed or rank 0 ended too early.
 
     What its part of the learner raises is told to rank 0, which says it. Signals are rank 0's to answer.
     """

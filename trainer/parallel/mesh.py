@@ -145,7 +145,7 @@ class Team:
         return ""
 
     def wait_for_the_end(self, seconds: float) -> None:
-        """Wait until rank 0 leaves, so that it can say why before torchrun ends everybody for this rank's sake."""
+        """Wait until rank 0 leaves, so that it can say why before torchrun ends everybody."""
         limit = time.monotonic() + seconds
         with contextlib.suppress(RuntimeError):
             while not self._store.check([_ENDED]) and time.monotonic() < limit:
