@@ -6,6 +6,9 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
+RANK_0_SECONDS = 60.0
+"""How long a rank above 0 keeps a sentence to itself; torchrun ends it when rank 0 has said the same."""
+
 _TRAIN = """example:
   rlhf train dapo/arithmetic learner.optimizer.lr=2e-6 algorithm.clip.high=0.28
   rlhf train ./mine.yaml loop.steps=20 --dry-run
@@ -52,7 +55,7 @@ def _let_rank_0_speak(follows: bool) -> None:
     if follows:
         import time
 
-        time.sleep(5)
+        time.sleep(RANK_0_SECONDS)
 
 
 def _reader_is_gone() -> bool:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import logging
 import signal
-import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,8 +32,8 @@ from trainer.parallel.leader import LeadingLearner, call_to_build, follow, wait_
 from trainer.parallel.mesh import Team, is_broken
 from trainer.parallel.world import World
 
-LINGER_SECONDS = 8.0
-"""How long a rank that failed stays, so that rank 0 can say why before torchrun ends everybody."""
+LINGER_SECONDS = 120.0
+"""How long a rank that failed waits for rank 0, which closes the run, writes its report and says why."""
 
 
 @contextmanager
@@ -84,9 +84,9 @@ def _ranked(team: Team, *arguments: Any, **options: Any) -> Learner:
 
 
 def follow_config(config: Config) -> int:
-    """All that a rank above 0 does; returns its exit status, 1 when rank 0 ended before its time.
+    """All that a rank above 0 does; returns its exit status, 1 when it failed or rank 0 ended too early.
 
-    Raises what its part of the learner raises, after rank 0 was told. Signals are rank 0's to answer.
+    What its part of the learner raises is told to rank 0, which says it. Signals are rank 0's to answer.
     """
     with joined(config) as team:
         assert team is not None
@@ -96,12 +96,15 @@ def follow_config(config: Config) -> int:
         except Exception as error:
             if is_broken(error):
                 return 1
-            team.report_failure(f"rank {team.rank} of the learner failed: {_sentence(error, config)}")
+            said = _sentence(error, config)
+            if not said:
+                traceback.print_exc()
+            team.report_failure(f"rank {team.rank} of the learner failed: {said or described(error) + '.'}")
             team.leave()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-            time.sleep(LINGER_SECONDS)
-            raise
+            team.wait_for_the_end(LINGER_SECONDS)
+            return 1
     return 0
 
 
@@ -116,6 +119,7 @@ def _follow(config: Config, team: Team) -> None:
 
 
 def _sentence(error: Exception, config: Config) -> str:
+    """What is known about an error; empty for one that is not expected."""
     if isinstance(error, UserError | ValueError):
         return str(error)
-    return faults.sentence(error, config, "learning") or f"{described(error)}."
+    return faults.sentence(error, config, "learning")
