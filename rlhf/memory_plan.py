@@ -71,10 +71,8 @@ def plan_memory(config: Config) -> MemoryPlan:
         checkpointing=learner.activation_checkpointing,
         reference=config.algorithm.kl.coefficient > 0 and not rank,
     )
-    if ranks == 1:
-        estimate = build(master=width != 4)
-    else:
-        estimate = build(shards=ranks // apart, split=parallel.tensor)
+    spread = {"shards": ranks // apart, "split": parallel.tensor}
+    estimate = build(master=width != 4) if ranks == 1 else build(**spread)
     return MemoryPlan(estimate, _engine(config, shape), config.rollout.engines, ranks)
 
 
