@@ -32,8 +32,8 @@ FAILURE_SECONDS = 5.0
 Path = tuple[Any, ...]
 """Keys that lead through nested dictionaries."""
 
-_FAILURE, _ENDED = "whetstone/failure", "whetstone/ended"
-"""What the ranks' store holds once another rank has failed, and once rank 0 has left."""
+_FAILURE = "whetstone/failure"
+"""Where the ranks' store holds the sentence of a rank that failed."""
 
 
 class Team:
@@ -149,18 +149,8 @@ class Team:
                 time.sleep(0.1)
         return ""
 
-    def wait_for_the_end(self, seconds: float) -> None:
-        """Wait until rank 0 leaves, so that it can say why before torchrun ends everybody."""
-        limit = time.monotonic() + seconds
-        with contextlib.suppress(RuntimeError):
-            while not self._store.check([_ENDED]) and time.monotonic() < limit:
-                time.sleep(0.2)
-
     def leave(self) -> None:
         """Close all connections; whoever waits for this rank then fails at once."""
-        if self.leads:
-            with contextlib.suppress(RuntimeError):
-                self._store.set(_ENDED, "")
         if dist.is_initialized():
             dist.destroy_process_group()
 
