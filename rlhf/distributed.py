@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import logging
 import signal
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +34,8 @@ from trainer.parallel.mesh import Team, is_broken
 from trainer.parallel.world import World
 
 LINGER_SECONDS = 120.0
-"""How long a rank that failed waits for rank 0, which closes the run, writes its report and says why."""
+"""How long a rank that failed stays, while rank 0 closes the run, writes its report and says why: torchrun
+ends all ranks when the first one fails, this one too once rank 0 has."""
 
 
 @contextmanager
@@ -84,7 +86,7 @@ def _ranked(team: Team, *arguments: Any, **options: Any) -> Learner:
 
 
 def follow_config(config: Config) -> int:
-    """All that a rank above 0 does; returns its exit status, 1 when it failed or rank 0 ended before its time.
+    """All that a rank above 0 does; returns its exit status, 1 when it failed or rank 0 ended too early.
 
     What its part of the learner raises is told to rank 0, which says it. Signals are rank 0's to answer.
     """
@@ -103,7 +105,7 @@ def follow_config(config: Config) -> int:
             team.leave()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-            team.wait_for_the_end(LINGER_SECONDS)
+            time.sleep(LINGER_SECONDS)
             return 1
     return 0
 

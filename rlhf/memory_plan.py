@@ -59,18 +59,20 @@ def plan_memory(config: Config) -> MemoryPlan:
     rank = learner.lora.rank
     share = _lora_share(shape, rank) if rank else shape.trained_share(learner.freeze)
     parallel = learner.parallel
-    ranks = max(World.from_environment().size, parallel.replicate * max(1, parallel.shard))
+    apart = parallel.replicate * parallel.tensor
+    ranks = max(World.from_environment().size, apart * max(1, parallel.shard))
     build = functools.partial(
         learner_memory if ranks == 1 else rank_memory,
         shape,
-        tokens=_tokens(config, ranks),
+        tokens=_tokens(config, ranks // parallel.tensor),
         compute_bytes=width,
         moments=MOMENTS[learner.optimizer.name],
         trained_share=share,
         checkpointing=learner.activation_checkpointing,
         reference=config.algorithm.kl.coefficient > 0 and not rank,
     )
-    estimate = build(master=width != 4) if ranks == 1 else build(shards=ranks // parallel.replicate)
+    spread = {"shards": ranks // apart, "split": parallel.tensor}
+    estimate = build(master=width != 4) if ranks == 1 else build(**spread)
     return MemoryPlan(estimate, _engine(config, shape), config.rollout.engines, ranks)
 
 

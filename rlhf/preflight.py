@@ -22,12 +22,17 @@ def check_ranks(config: Config, world: World) -> None:
     """Refuse, with `UserError`, what does not fit the number of processes that hold the learner."""
     with clear_sentences():
         degrees = config.learner.parallel.degrees(world.size)
+    if degrees.tensor > 1 and (config.learner.lora.rank or config.model.adapter):
+        raise UserError(
+            f"learner.parallel.tensor={degrees.tensor} does not split adapters: set "
+            f"learner.parallel.tensor=1."
+        )
     optimizer = config.learner.optimizer.name
-    if degrees.shard > 1 and optimizer in (OptimizerName.muon, OptimizerName.adafactor):
+    if degrees.shard * degrees.tensor > 1 and optimizer in (OptimizerName.muon, OptimizerName.adafactor):
         raise UserError(
             f"learner.optimizer.name={optimizer} looks at whole matrices, which learner.parallel.shard="
-            f"{degrees.shard} cuts in slices: choose another, or set learner.parallel.shard=1 "
-            f"learner.parallel.replicate={world.size}."
+            f"{degrees.shard} and tensor={degrees.tensor} cut in slices: choose another, or set both to 1 "
+            f"and learner.parallel.replicate={world.size}."
         )
     if world.size > 1 and config.rollout.process is EngineProcess.inprocess:
         raise UserError(

@@ -143,8 +143,12 @@ def test_dry_run_measures_a_model_that_lies_here(
         (["rollout.process=inprocess"], "rollout.process=inprocess would put vLLM among the 4 ranks"),
         (
             ["rollout.process=child", "learner.optimizer.name=muon"],
-            "learner.optimizer.name=muon looks at whole matrices, which learner.parallel.shard=4 cuts in "
-            "slices: choose another, or set learner.parallel.shard=1 learner.parallel.replicate=4.",
+            "learner.optimizer.name=muon looks at whole matrices, which learner.parallel.shard=4 and "
+            "tensor=1 cut in slices: choose another, or set both to 1 and learner.parallel.replicate=4.",
+        ),
+        (
+            ["rollout.process=child", "learner.parallel.tensor=2", "learner.lora.rank=4"],
+            "learner.parallel.tensor=2 does not split adapters: set learner.parallel.tensor=1.",
         ),
         (
             ["rollout.process=child", "learner.parallel.shard=3"],

@@ -118,7 +118,8 @@ class LeadingLearner(Learner):
         shares = [[[rows[index] for index in mine]] for mine in indices]
         scores: list[list[float]] = [[] for _ in rows]
         with self._together(command, shares, **options):
-            found = [own(shares[0][0]), *map(_scores, self._channel.answers())]
+            answers = [own(shares[0][0]), *map(_scores, self._channel.answers())]
+            found = answers[:: self.ranks.tensor]
         for mine, values in zip(indices, found, strict=True):
             for index, row in zip(mine, values, strict=True):
                 scores[index] = row
@@ -152,7 +153,8 @@ class LeadingLearner(Learner):
 
     def _tell(self, command: str, shares: Sequence[Sequence[Sequence[Row]]] = (), **options: Any) -> None:
         if shares:
-            self._channel.send([Message(command, options, rows_to_arrays(s)).encode() for s in shares[1:]])
+            content = [Message(command, options, rows_to_arrays(share)).encode() for share in shares]
+            self._channel.send([content[self.ranks.share(rank)] for rank in range(1, self.ranks.world_size)])
         else:
             self._channel.tell_all(Message(command, options).encode())
 

@@ -16,8 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from trainer.errors import RankError, out_of_memory
 from trainer.master_weights import MasterWeights
 from trainer.parallel.channel import LEADER, GroupChannel
-from trainer.parallel.config import ParallelConfig
-from trainer.parallel.sharding import ShardedWeights, gathered_no_more, known, shard, slice_of, whole
+from trainer.parallel.config import Degrees, ParallelConfig
+from trainer.parallel.sharding import TENSOR, ShardedWeights, gathered_no_more, known, shard, slice_of, whole
 from trainer.parallel.world import World
 from trainer.policy import Policy
 from trainer.ranks import Like
@@ -32,8 +32,8 @@ FAILURE_SECONDS = 5.0
 Path = tuple[Any, ...]
 """Keys that lead through nested dictionaries."""
 
-_FAILURE, _ENDED = "whetstone/failure", "whetstone/ended"
-"""What the ranks' store holds once another rank has failed, and once rank 0 has left."""
+_FAILURE = "whetstone/failure"
+"""Where the ranks' store holds the sentence of a rank that failed."""
 
 
 class Team:
@@ -50,10 +50,11 @@ class Team:
         degrees = config.degrees(world.size)
         if device.type == "cuda":
             torch.cuda.set_device(world.local_rank)
-        self.rank = world.rank
+        self.rank, self.world_size = world.rank, world.size
         self.size = degrees.replicate * degrees.shard
+        self.tensor = degrees.tensor
         self._store = _meet(world, device)
-        self._mesh = _mesh(device, degrees.replicate, degrees.shard)
+        self._mesh = _mesh(device, degrees)
         self._control = dist.new_group(backend="gloo", timeout=PATIENCE)
         self.channel = GroupChannel(self._control)
 
@@ -61,6 +62,10 @@ class Team:
     def leads(self) -> bool:
         """Whether this is rank 0."""
         return self.rank == LEADER
+
+    def share(self, rank: int) -> int:
+        """Which share of the rows a rank learns from, `0..size-1`."""
+        return rank // self.tensor
 
     def place(self, policy: Policy, dtype: torch.dtype) -> MasterWeights:
         """Shard a policy in place; see `trainer.parallel.sharding`."""
@@ -78,14 +83,14 @@ class Team:
         gathered_no_more(policy)
 
     def exchange(self, report: dict[str, Any]) -> list[dict[str, Any]]:
-        """Every rank's report, in the order of ranks."""
+        """The report of every share of the rows, in order."""
         content = torch.frombuffer(bytearray(json.dumps(report).encode()), dtype=torch.uint8)
         length = self.most(len(content))
         padded = torch.full((length,), ord(" "), dtype=torch.uint8)
         padded[: len(content)] = content
         parts = [torch.empty_like(padded) for _ in range(dist.get_world_size(self._control))]
         dist.all_gather(parts, padded, group=self._control)
-        return [json.loads(part.numpy().tobytes()) for part in parts]
+        return [json.loads(part.numpy().tobytes()) for part in parts[:: self.tensor]]
 
     def whole(self, tensor: Tensor) -> Tensor:
         """A sliced tensor, gathered on every rank."""
@@ -144,18 +149,8 @@ class Team:
                 time.sleep(0.1)
         return ""
 
-    def wait_for_the_end(self, seconds: float) -> None:
-        """Wait until rank 0 leaves, so that it can say why before torchrun ends everybody for this rank's sake."""
-        limit = time.monotonic() + seconds
-        with contextlib.suppress(RuntimeError):
-            while not self._store.check([_ENDED]) and time.monotonic() < limit:
-                time.sleep(0.2)
-
     def leave(self) -> None:
         """Close all connections; whoever waits for this rank then fails at once."""
-        if self.leads:
-            with contextlib.suppress(RuntimeError):
-                self._store.set(_ENDED, "")
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -199,8 +194,8 @@ def _meet(world: World, device: torch.device) -> dist.Store:
     return store
 
 
-def _mesh(device: torch.device, replicate: int, shard: int) -> DeviceMesh:
-    """One dimension, or two where there are several copies."""
-    if replicate == 1:
-        return init_device_mesh(device.type, (shard,), mesh_dim_names=("shard",))
-    return init_device_mesh(device.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
+def _mesh(device: torch.device, degrees: Degrees) -> DeviceMesh:
+    """`shard`, with `replicate` before it and `tensor` behind where these are above 1."""
+    sizes = {"replicate": degrees.replicate, "shard": degrees.shard, TENSOR: degrees.tensor}
+    names = [name for name, size in sizes.items() if size > 1 or name == "shard"]
+    return init_device_mesh(device.type, tuple(sizes[name] for name in names), mesh_dim_names=tuple(names))

@@ -14,17 +14,23 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from trainer.master_weights import MasterWeights, global_norm
+from trainer.parallel.tensor import split_layers
 from trainer.policy import Policy
+
+TENSOR = "tensor"
+"""Name of the mesh's dimension along which layers are split."""
 
 
 def shard(policy: Policy, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     """Spread a float32 policy over `mesh` in place: each decoder layer by itself, then all that remains.
 
-    A mesh of two dimensions holds copies along the first and slices along the second. Raises ValueError for
-    a model that keeps its layers elsewhere than transformers' decoders do.
+    `mesh`: `shard`, perhaps after `replicate` (copies), perhaps before `tensor` (`trainer.parallel.tensor`).
+    Raises ValueError for a model that keeps its layers elsewhere than transformers' decoders do, or whose
+    layers cannot be split.
     """
     layers = getattr(policy.model.get_decoder(), "layers", None)
     if layers is None:
@@ -34,6 +40,10 @@ def shard(policy: Policy, mesh: DeviceMesh, dtype: torch.dtype) -> None:
         )
     # Inputs are in the right precision already; casting would copy the attention layout in every layer.
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    names = mesh.mesh_dim_names or ()
+    if TENSOR in names:
+        split_layers(policy, mesh[TENSOR])
+        mesh = mesh[tuple(name for name in names if name != TENSOR)]
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=precision)
     fully_shard(policy, mesh=mesh, mp_policy=precision)
@@ -61,7 +71,11 @@ class ShardedWeights(MasterWeights):
         """The 2-norm of the whole model's gradients, the same on every rank; the slices get theirs."""
         for part, parameter in zip(self.parameters, self.working):
             part.grad = None if parameter.grad is None else local(parameter.grad)
-        return whole(global_norm([p.grad for p in self.working if p.grad is not None]))
+        by_mesh: dict[DeviceMesh, list[Tensor]] = {}
+        for parameter in self.working:
+            if isinstance(parameter.grad, DTensor):
+                by_mesh.setdefault(parameter.grad.device_mesh, []).append(parameter.grad)
+        return global_norm([whole(global_norm(gradients)) for gradients in by_mesh.values()])
 
     def zero_grad(self) -> None:
         """Forget the gradients; their memory goes back."""
@@ -98,9 +112,14 @@ def slice_of(tensor: Tensor, like: Tensor) -> Tensor:
     """This rank's slice of a whole tensor, cut as `like` is; no communication. A slice stays what it is."""
     if not isinstance(like, DTensor) or tensor.shape == like.to_local().shape:
         return tensor
-    mesh = like.device_mesh
-    whole_here = tensor.to(mesh.device_type)
-    return local(distribute_tensor(whole_here, mesh, like.placements, src_data_rank=None))
+    mesh, part = like.device_mesh, tensor
+    # Tensor parallelism cuts first, though its dimension of the mesh is the last; FSDP2 cuts what it left.
+    for dimension, placement in reversed(list(enumerate(like.placements))):
+        if isinstance(placement, Shard | _StridedShard):
+            parts = part.chunk(mesh.size(dimension), placement.dim)
+            place = mesh.get_local_rank(dimension)
+            part = parts[place] if place < len(parts) else part.narrow(placement.dim, 0, 0)
+    return part.contiguous()
 
 
 def known(tensor: Tensor, like: Tensor) -> Tensor:

@@ -79,3 +79,6 @@ def test_ranks_hold_slices_and_gather_a_part() -> None:
     assert parts["gathered weights"] == 2 * (outside + 2 * SMOLLM2.layer_parameters)
     assert parts["gradients on their way"] == 6 * (outside + SMOLLM2.layer_parameters)
     assert parts["activations"] == learner_memory(SMOLLM2, tokens=1000).parts["activations"]
+    split = rank_memory(SMOLLM2, tokens=1000, shards=2, split=2).parts
+    held = outside + 30 * SMOLLM2.layer_parameters / 2
+    assert split["slices of weights (fp32)"] == 2 * held

@@ -29,6 +29,11 @@ LAYOUTS = {
     "4 shards": (4, ParallelConfig()),
     "2 copies of 2 shards": (4, ParallelConfig(replicate=2, shard=2)),
 }
+SPLIT = {
+    "2 split": (2, ParallelConfig(tensor=2)),
+    "2 shards of 2 split": (4, ParallelConfig(tensor=2)),
+    "2 copies of 2 split": (4, ParallelConfig(replicate=2, tensor=2)),
+}
 ROWS = random_rows(groups=5, samples=4)
 OPTIMIZERS = {"sgd": sgd(), "adam": adam()}
 
@@ -45,7 +50,8 @@ def outcome(parallel: ParallelConfig | None = None) -> dict[str, Any]:
     found["stopped"] = led(stopped, config(), team)
     found["resumed"] = led(resumed, config(optimizer=adam()), team)
     found["bfloat16"] = led(two_steps, config(dtype=Precision.bfloat16), team)
-    found["lora"] = led(adapted, config(lora=LoraConfig(rank=2)), team, needs_reference=True)
+    if parallel is None or parallel.tensor == 1:
+        found["lora"] = led(adapted, config(lora=LoraConfig(rank=2)), team, needs_reference=True)
     if team is not None:
         team.leave()
     return found
@@ -64,7 +70,7 @@ def gradients(team: Team | None) -> dict[str, dict[str, Tensor]]:
 
 def _gradient(learner: Learner, rows: list[Row], budget: int) -> dict[str, Tensor]:
     team = learner.ranks
-    rank = team.rank if isinstance(team, Team) else 0
+    rank = team.share(team.rank) if isinstance(team, Team) else 0
     mine = deal(rows, team.size, Costs.of(learner.policy))[rank]
     learner.master.zero_grad()
     batches = pack([rows[index] for index in mine], budget, learner.policy.shares_prompts)
@@ -153,7 +159,7 @@ def alone() -> dict[str, Any]:
 @cache
 def spread(layout: str) -> list[dict[str, Any]]:
     """The outcome of every rank of a layout."""
-    size, parallel = LAYOUTS[layout]
+    size, parallel = (LAYOUTS | SPLIT)[layout]
     return ranks.run(size, outcome, parallel)
 
 
@@ -170,7 +176,8 @@ def assert_scores(got: list[list[float]], expected: list[list[float]], nats: flo
         assert mine == pytest.approx(theirs, abs=nats)
 
 
-every_layout = pytest.mark.parametrize("layout", LAYOUTS)
+every_layout = pytest.mark.parametrize("layout", [*LAYOUTS, *SPLIT])
+every_unsplit_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 @every_layout
@@ -240,7 +247,7 @@ def test_bfloat16_learns_as_one_process_does(layout: str) -> None:
     assert_near(found["weights"], expected["weights"], share=2e-3)
 
 
-@every_layout
+@every_unsplit_layout
 def test_an_adapter(layout: str) -> None:
     expected, found = alone()["lora"], spread(layout)[0]["lora"]
     assert_near(found["weights"], expected["weights"])

@@ -32,6 +32,16 @@ def test_degrees_that_do_not_multiply_to_the_ranks_are_refused(
     assert said in str(caught.value)
 
 
+def test_three_degrees() -> None:
+    assert ParallelConfig(tensor=2).degrees(8) == Degrees(1, 4, 2)
+    assert ParallelConfig(replicate=2, shard=2, tensor=2).degrees(8) == Degrees(2, 2, 2)
+    with pytest.raises(
+        ValueError, match=r"shard=1 x learner\.parallel\.tensor=4 = 4 ranks, but there are 2: "
+    ):
+        ParallelConfig(tensor=4).degrees(2)
+    assert ParallelConfig(tensor=0).check() == ["learner.parallel.tensor=0 must be at least 1: raise it."]
+
+
 def test_ranges() -> None:
     assert ParallelConfig().check() == []
     assert ParallelConfig(0, -1).check() == [
