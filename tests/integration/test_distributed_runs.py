@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -38,12 +39,19 @@ def start(
 
 def finish(process: subprocess.Popen[str], *, succeeds: bool = True) -> str:
     """Wait for the end; returns what was said. No process of it is left."""
-    family = psutil.Process(process.pid).children(recursive=True)
+    family = _family(process.pid)
     said = process.communicate(timeout=400)[0]
     assert (process.returncode == 0) is succeeds, said
     _, alive = psutil.wait_procs(family, timeout=20)
     assert alive == [], said
     return said
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    """All descendants; none of a process that has ended already."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).children(recursive=True)
+    return []
 
 
 def sentences(said: str) -> list[str]:
