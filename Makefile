@@ -20,7 +20,7 @@ demo: .venv ## teach SmolLM2-135M to add, on this machine
 	@.venv/bin/rlhf train dapo/arithmetic $(ARGS)
 
 test: .venv ## run the tests
-	@$(RUN) -m pytest $(ARGS)
+	@$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: .venv ## check style and formatting
 	@$(RUN) -m ruff check $(SOURCES)

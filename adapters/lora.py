@@ -5,7 +5,7 @@ PEFT is imported only when an adapter is made.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,13 @@ _BEYOND_PLAIN = (
     "velora_config",
 )
 """Settings of PEFT's `LoraConfig` that make an adapter more than `scaling * B @ A` on linear layers."""
+
+
+Whole = Callable[[Tensor], Tensor]
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class UnsupportedAdapterError(ValueError):
@@ -69,27 +76,30 @@ class LoraModel:
         }
         self._peft.save_pretrained(str(folder), state_dict=weights)
 
-    def merged(self, dtype: torch.dtype, trained: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    def merged(
+        self, dtype: torch.dtype, trained: Mapping[str, Tensor], whole: Whole = _as_it_is
+    ) -> Iterator[tuple[str, Tensor]]:
         """Every weight under its Hugging Face name, adapters added in, without touching the model.
 
         The sum is taken in float32 and rounded once to `dtype`. `trained` gives the trained adapter weights
         by parameter name: the optimizer's float32 masters, of which the module's own may be rounded copies.
+        `whole` gives all of a parameter of which this process may hold a part.
 
         Raises:
             ValueError: `trained` lacks an adapter weight that is trained.
         """
-        for name, weight, _ in self._merged(dtype, trained):
+        for name, weight, _ in self._merged(dtype, trained, whole):
             yield name, weight
 
     @torch.no_grad()
-    def merge_gap(self, dtype: torch.dtype, trained: Mapping[str, Tensor]) -> float:
-        """How much of the adapter (`trained`, see `merged`) is lost when rounded into weights of `dtype`.
+    def merge_gap(self, dtype: torch.dtype, trained: Mapping[str, Tensor], whole: Whole = _as_it_is) -> float:
+        """How much of the adapter is lost when rounded into weights of `dtype`; see `merged` for the rest.
 
         `|round(W + BA) - (W + BA)| / |BA|`, Frobenius norms over all adapted layers together: 0 is exact, 1
         means that rounding is as large as the update. 0 while the adapter is still zero.
         """
         lost = update = 0.0
-        for _, weight, exact in self._merged(dtype, trained):
+        for _, weight, exact in self._merged(dtype, trained, whole):
             if exact is not None:
                 total, delta = exact
                 lost += (weight.float() - total).square().sum().item()
@@ -98,7 +108,7 @@ class LoraModel:
 
     @torch.no_grad()
     def _merged(
-        self, dtype: torch.dtype, trained: Mapping[str, Tensor]
+        self, dtype: torch.dtype, trained: Mapping[str, Tensor], whole: Whole = _as_it_is
     ) -> Iterator[tuple[str, Tensor, tuple[Tensor, Tensor] | None]]:
         """`(name, merged, (float32 sum, float32 update) or None)` for every weight of the base model.
 
@@ -111,10 +121,10 @@ class LoraModel:
             layer = name.split(_BASE)[0]
             if _BASE in name and name.endswith(".weight"):
                 delta = _delta(layer, model.get_submodule(layer), trained)
-                total = parameter.float() + delta
+                total = whole(parameter.detach()).float() + delta
                 yield name.replace(_BASE, "."), total.to(dtype), (total, delta)
             else:
-                yield name.replace(_BASE, "."), parameter.detach().to(dtype), None
+                yield name.replace(_BASE, "."), whole(parameter.detach().to(dtype)), None
 
 
 def wrap(model: PreTrainedModel, rank: int, alpha: int, targets: Sequence[str]) -> LoraModel:

@@ -6,6 +6,9 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
+RANK_0_SECONDS = 60.0
+"""How long a rank above 0 keeps a sentence to itself; torchrun ends it when rank 0 has said the same."""
+
 _TRAIN = """example:
   rlhf train dapo/arithmetic learner.optimizer.lr=2e-6 algorithm.clip.high=0.28
   rlhf train ./mine.yaml loop.steps=20 --dry-run
@@ -20,11 +23,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(_flags_first(sys.argv[1:] if argv is None else argv))
     from rlhf.errors import InterruptedRunError, RunStoppedError, UserError
+    from trainer.parallel.world import World
 
+    world = World.from_environment()
     try:
         command: Callable[[argparse.Namespace], int] = arguments.command
+        if world.follows and command is not _train:
+            return 0  # rank 0 does it
         return command(arguments)
     except UserError as error:
+        _let_rank_0_speak(world.follows)
         print(f"rlhf: {error}", file=sys.stderr)
         return 2
     except RunStoppedError as error:
@@ -40,6 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _reader_is_gone():
             raise
         return 0
+
+
+def _let_rank_0_speak(follows: bool) -> None:
+    """Rank 0 most likely says the same, whereupon torchrun ends this process: one sentence, not one each."""
+    if follows:
+        import time
+
+        time.sleep(RANK_0_SECONDS)
 
 
 def _reader_is_gone() -> bool:
@@ -136,11 +152,16 @@ def _recipe_command(
 def _train(arguments: argparse.Namespace) -> int:
     from rlhf.compose import load
     from rlhf.preflight import dry_run, run_folder
+    from trainer.parallel.world import World
 
     config = load(arguments.recipe, arguments.overrides)
     if arguments.dry_run:
         print(dry_run(config, arguments.recipe))
         return 0
+    if World.from_environment().follows:
+        from rlhf.distributed import follow_config
+
+        return follow_config(config)
     run_folder(config, arguments.recipe)
     from rlhf.pipeline import train_config  # only now: what comes before answers without torch
 

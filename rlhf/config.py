@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from rlhf.algorithms.config import AlgorithmConfig, OldLogprobs
+from rlhf.algorithms.config import AlgorithmConfig, CorrectionLevel, KlPlace, OldLogprobs, Surplus
 from rlhf.checkpoint import CheckpointConfig
 from rlhf.data.config import DataConfig
 from rlhf.evaluation.config import EvaluationConfig, Split
@@ -72,7 +72,11 @@ class LoopConfig:
     epochs: int = 1
     """Passes over each rollout."""
     staleness: int = 0
-    """Learner steps that generation may run ahead. 0, the only value so far, is synchronous."""
+    """Learner steps that generation may run ahead of learning, and the largest age of groups that are not
+    carried over. 0 is synchronous."""
+    inflight_updates: bool = False
+    """Engines take new weights in the midst of a round instead of at its end; its responses go on under them.
+    Needs `staleness` above 0."""
 
     @property
     def groups_per_mini_batch(self) -> int:
@@ -95,12 +99,14 @@ class LoopConfig:
                 ("group_size", self.group_size, 1),
                 ("mini_batch", self.mini_batch, 0),
                 ("epochs", self.epochs, 1),
+                ("staleness", self.staleness, 0),
             ]
             if value < least
         ]
-        if self.staleness != 0:
+        if self.inflight_updates and not self.staleness:
             found.append(
-                f"loop.staleness={self.staleness} is not available: set loop.staleness=0 (synchronous)."
+                "loop.inflight_updates=true needs generation beside learning and loop.staleness=0 has none: "
+                "set loop.staleness=1 or more."
             )
         if not found and self.prompts % self.groups_per_mini_batch:
             found.append(
@@ -194,6 +200,8 @@ def _across(config: Config) -> Iterator[str]:
             f"{loop.mini_batch} and loop.epochs={loop.epochs} give {loop.optimizer_steps}: set "
             f"algorithm.old_logprobs=recompute."
         )
+    if loop.staleness:
+        yield from _ahead(config)
     if rollout.process is EngineProcess.inprocess and config.weights.transport is Transport.ipc:
         yield "weights.transport=ipc needs an engine in a process of its own: set rollout.process=child."
     if 0 < rollout.max_model_len < config.longest_sequence:
@@ -221,6 +229,40 @@ def _across(config: Config) -> Iterator[str]:
         yield (
             "checkpoint.save_best=true needs evaluations to choose by but evaluation.every=0 and "
             "evaluation.at_end=false: set evaluation.every."
+        )
+
+
+def _ahead(config: Config) -> Iterator[str]:
+    """What generating ahead of learning (`loop.staleness` above 0) does not go with."""
+    algorithm, lead = config.algorithm, f"loop.staleness={config.loop.staleness}"
+    sampling = algorithm.dynamic_sampling
+    if config.rollout.process is EngineProcess.inprocess:
+        yield (
+            f"rollout.process=inprocess cannot generate while the learner works, as {lead} asks: set "
+            "rollout.process=child."
+        )
+    if algorithm.old_logprobs is OldLogprobs.current:
+        yield (
+            f"algorithm.old_logprobs=current is for fresh groups only, and {lead} trains on older ones: set "
+            "old_logprobs=recompute."
+        )
+    corrected = algorithm.correction.level is not CorrectionLevel.off
+    if algorithm.old_logprobs is OldLogprobs.recompute and not corrected:
+        yield (
+            f"{lead} trains on groups of older weights, and with algorithm.correction.level=off nothing "
+            "accounts for it: set correction.level=token, or old_logprobs=rollout."
+        )
+    if algorithm.kl.coefficient and algorithm.kl.place is KlPlace.reward:
+        yield (
+            f"algorithm.kl.place=reward asks the learner for log-probs while groups are scored, and with "
+            f"{lead} it is learning then: set algorithm.kl.place=loss."
+        )
+    carries = sampling.enabled and sampling.surplus is Surplus.carry
+    if carries and sampling.max_age <= config.loop.staleness:
+        yield (
+            f"algorithm.dynamic_sampling.max_age={sampling.max_age} would drop every carried group that was "
+            f"generated ahead as far as {lead} allows: set max_age={config.loop.staleness + 1} or more, or "
+            "surplus=drop."
         )
 
 

@@ -6,13 +6,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rollout.types import Group, Trajectory
+from rollout.types import Group, Trajectory, VersionSpan
 
 
-def experience_metrics(generated: Sequence[Group], kept: Sequence[Group], step: int) -> dict[str, float]:
+def experience_metrics(
+    generated: Sequence[Group], kept: Sequence[Group], step: int, version: int
+) -> dict[str, float]:
     """`train/*`, `reward/*`, `length/*` over everything generated, `staleness/*` over what is learned from.
 
-    `step` is the number of published updates; a group's age is `step - born`.
+    `step` is the number of published updates; a group's age is `step - born`. `version` is the newest that
+    was published; a token's age is `version` minus that of its span.
     """
     found: dict[str, float] = {}
     trajectories = [t for group in generated for t in group.trajectories]
@@ -22,6 +25,8 @@ def experience_metrics(generated: Sequence[Group], kept: Sequence[Group], step: 
     ages = [step - group.born for group in kept]
     if ages:
         found |= {"staleness/mean": _mean(ages), "staleness/max": float(max(ages))}
+        spans = [span for group in kept for t in group.trajectories for span in t.version_spans]
+        found |= _token_ages(spans, version)
     return found
 
 
@@ -42,16 +47,21 @@ def mean_updates(updates: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def throughput(metrics: dict[str, float], times: dict[str, float]) -> dict[str, float]:
-    """Tokens a second: generated over rollout seconds and over the step, learned over update seconds."""
+    """Tokens a second: generated over rollout seconds and over the step, learned over update seconds.
+
+    Generation ahead of learning has its own clock, whose seconds are among the `metrics`.
+    """
     found: dict[str, float] = {}
     generated = metrics.get("length/mean", 0.0) * metrics.get("train/responses", 0.0)
+    seconds = {**metrics, **times}
+    rollout = "time/rollout" if "time/rollout" in times else "ahead/rollout_seconds"
     for name, tokens, phase in [
-        ("generated", generated, "time/rollout"),
+        ("generated", generated, rollout),
         ("learned", metrics.get("learner/tokens", 0.0), "time/update"),
         ("total", generated, "time/step"),
     ]:
-        if tokens and times.get(phase):
-            found[f"throughput/{name}"] = tokens / times[phase]
+        if tokens and seconds.get(phase):
+            found[f"throughput/{name}"] = tokens / seconds[phase]
     return found
 
 
@@ -89,6 +99,17 @@ def _lengths(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     if not right.all():
         found["length/wrong_mean"] = float(lengths[~right].mean())
     return found
+
+
+def _token_ages(spans: Sequence[VersionSpan], version: int) -> dict[str, float]:
+    """Mean and largest age, each span weighing as many tokens as it has."""
+    lengths, ages = [span.end - span.start for span in spans], [version - span.version for span in spans]
+    if not sum(lengths):
+        return {}
+    return {
+        "staleness/token_mean": float(np.average(ages, weights=lengths)),
+        "staleness/token_max": float(max(age for age, length in zip(ages, lengths) if length)),
+    }
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -83,7 +83,8 @@ def _memory(plan: MemoryPlan) -> list[str]:
     if plan.unknown:
         return [plan.unknown]
     lines = []
-    for name, estimate in (("learner", plan.learner), ("one engine", plan.engine)):
+    learner = "learner" if plan.ranks == 1 else f"each of {plan.ranks} learner ranks"
+    for name, estimate in ((learner, plan.learner), ("one engine", plan.engine)):
         parts = ", ".join(f"{part} {size / GB:.2f}" for part, size in estimate.parts.items())
         lines.append(f"{name} {estimate.total / GB:.1f} GB: {parts}")
     lines.append(f"whole run {plan.total / GB:.1f} GB with {plan.engines} engine(s)")

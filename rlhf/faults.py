@@ -17,12 +17,12 @@ from rlhf.config import Config
 from rlhf.errors import RewardRaisedError, RunStoppedError, UserError
 from rollout.errors import EngineError
 from rollout.weights.errors import ProbeError, WeightTransferError
-from trainer.errors import NonFiniteError, asked_for, out_of_memory
+from trainer.errors import NonFiniteError, RankError, asked_for, out_of_memory
 
 TRACEBACK = "error.txt"
 """File in the run's folder: the traceback of what a user's own function raised."""
 
-_SENTENCES = (WeightTransferError, ProbeError, EngineError, NonFiniteError)
+_SENTENCES = (WeightTransferError, ProbeError, EngineError, NonFiniteError, RankError)
 """Errors that are one sentence already."""
 
 _DISK = {

@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from rlhf.algorithms import overlong
 from rlhf.algorithms.config import KlPlace, OldLogprobs
 from rlhf.algorithms.dynamic_sampling import Selection
-from rlhf.algorithms.kl import response_penalty
 from rlhf.algorithms.losses import add_derived
-from rlhf.batching import MiniBatches, assign_advantages, mini_batches, plain_rows
+from rlhf.batching import MiniBatches, assign_advantages, mini_batches
 from rlhf.clock import Clock
 from rlhf.config import Config
 from rlhf.evaluation.config import Split
@@ -80,45 +78,22 @@ def begin(run: Run) -> None:
 
 
 def collect(run: Run) -> Selection:
-    """Draw prompts, generate and score whole groups until selection has enough."""
-    generated: list[Group] = []
-    run.selector.start(run.step)
-    while run.selector.missing():
-        picks = run.cursor.draw(run.selector.draws())
-        if not picks:
-            run.selector.exhaust("the training data ran out")
-            break
-        with run.clock("rollout"):
-            groups = run.generate(picks)
-        with run.clock("reward"):
-            score(run, groups)
-        run.selector.offer(groups)
-        generated += groups
-    selection = run.selector.finish()
+    """Take the step's groups, drawn, generated, scored and selected, from the source; close its books."""
+    harvest = run.source.next(run.step)
+    run.cursor, run.selector = harvest.cursor, harvest.selector
+    run.generated += harvest.tokens
+    selection = harvest.selection
     if selection.shortage:
         run.say_shortage(selection.shortage, last=selection.stop)
-    run.metrics |= experience_metrics(generated, selection.groups, run.step) | selection.counts
+    run.metrics |= harvest.failures | harvest.metrics | selection.counts
+    run.metrics |= experience_metrics(harvest.generated, selection.groups, run.step, run.publisher.version)
     run.metrics |= {
         "train/tokens": run.generated,
         "train/prompts": run.cursor.consumed,
         "train/epoch": run.cursor.epoch,
     }
-    run.trackers.completions(run.step + 1, generated)
+    run.trackers.completions(run.step + 1, harvest.generated)
     return selection
-
-
-def score(run: Run, groups: list[Group]) -> None:
-    """Grade, then shape: raw accuracy stays what it was, the reward takes length and KL."""
-    run.count(run.scorer.score(groups).failures())
-    algorithm = run.config.algorithm
-    overlong.shape_rewards(groups, algorithm.overlong, run.sampling.max_tokens)
-    if algorithm.kl.coefficient and algorithm.kl.place is KlPlace.reward:
-        trajectories = [t for group in groups for t in group.trajectories]
-        rows = plain_rows(groups)
-        old, reference = run.learner.logprobs(rows), run.learner.reference_logprobs(rows)
-        for trajectory, now, then in zip(trajectories, old, reference, strict=True):
-            trajectory.rewards["kl"] = response_penalty(algorithm.kl, now, then)
-            trajectory.reward += trajectory.rewards["kl"]
 
 
 def record(run: Run, selection: Selection) -> None:
@@ -161,7 +136,7 @@ def fill_logprobs(run: Lesson, batches: MiniBatches) -> None:
 
 def publish(run: Run) -> None:
     """Send the weights to every engine and prove that they arrived; stops the run when they did not."""
-    with run.clock("publish"):
+    with run.publishing(), run.clock("publish"):
         run.metrics |= run.publisher.publish(run.weights(), run.learner.score).metrics()
         if run.learner.has_adapter:
             run.metrics["weights/merge_gap"] = run.learner.merge_gap(run.engine_dtype)

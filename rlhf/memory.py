@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
-from types import TracebackType
 
 import psutil
+
+from rlhf.background import Lookout
 
 _GROWTH = 1.01
 """A new peak is measured as PSS once the cheap RSS sum has grown by this factor."""
@@ -44,7 +45,7 @@ def _read(process: psutil.Process, value: Callable[[psutil.Process], int]) -> in
         return None
 
 
-class MemoryMonitor:
+class MemoryMonitor(Lookout):
     """Samples the process tree in the background, so that a peak inside a step is seen.
 
     A sample adds up RSS (cheap); when that beats the step's highest by 1 %, PSS is read. With `phase` (a
@@ -53,26 +54,12 @@ class MemoryMonitor:
 
     def __init__(self, interval: float = 1.0, phase: Callable[[], str] | None = None) -> None:
         """Prepare; sampling starts on entry. `interval`: seconds between samples."""
-        self._interval = interval
+        super().__init__("memory-monitor", self._sample, lambda: interval)
         self._phase = phase
         self._lock = threading.Lock()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="memory-monitor", daemon=True)
         self._peak_rss = 0
         self._peak_pss = 0
         self._peaks: dict[str, int] = {}
-
-    def __enter__(self) -> MemoryMonitor:
-        """Start sampling."""
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Stop sampling and wait for the thread."""
-        self._stop.set()
-        self._thread.join()
 
     def metrics(self) -> dict[str, float]:
         """Close the step: memory now, and the peaks since the last call.
@@ -97,10 +84,6 @@ class MemoryMonitor:
             found |= {"memory/pss": share, "memory/peak_pss": peak_pss}
         found |= {f"memory/peak_{phase}": peak for phase, peak in peaks.items()}
         return found | device_metrics()
-
-    def _run(self) -> None:
-        while not self._stop.wait(self._interval):
-            self._sample()
 
     def _sample(self) -> None:
         """One look at the tree; PSS only when RSS says that it is worth its milliseconds."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass
 
 from rlhf.config import Config
@@ -9,7 +11,8 @@ from rlhf.models import SMOLLM2, local_config
 from rollout.config import EngineProcess
 from rollout.vllm_engine import automatic_cache_bytes
 from trainer.config import OptimizerName
-from trainer.memory.estimate import Estimate, ModelShape, engine_memory, learner_memory
+from trainer.memory.estimate import Estimate, ModelShape, engine_memory, learner_memory, rank_memory
+from trainer.parallel.world import World
 
 NOTHING = Estimate({})
 KNOWN = {
@@ -30,18 +33,20 @@ MOMENTS = {
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Estimates for one learner process and each engine."""
+    """Estimates for each rank of the learner and each engine."""
 
     learner: Estimate
+    """Of each rank."""
     engine: Estimate
     engines: int
+    ranks: int = 1
     unknown: str = ""
     """Why there is no estimate; empty when there is one."""
 
     @property
     def total(self) -> float:
         """Bytes of the whole run on one machine."""
-        return self.learner.total + self.engines * self.engine.total
+        return self.ranks * self.learner.total + self.engines * self.engine.total
 
 
 def plan_memory(config: Config) -> MemoryPlan:
@@ -53,25 +58,30 @@ def plan_memory(config: Config) -> MemoryPlan:
     width = 4 if learner.dtype.value == "float32" else 2
     rank = learner.lora.rank
     share = _lora_share(shape, rank) if rank else shape.trained_share(learner.freeze)
-    estimate = learner_memory(
+    parallel = learner.parallel
+    apart = parallel.replicate * parallel.tensor
+    ranks = max(World.from_environment().size, apart * max(1, parallel.shard))
+    build = functools.partial(
+        learner_memory if ranks == 1 else rank_memory,
         shape,
-        tokens=_tokens(config),
+        tokens=_tokens(config, ranks // parallel.tensor),
         compute_bytes=width,
-        master=width != 4,
         moments=MOMENTS[learner.optimizer.name],
         trained_share=share,
         checkpointing=learner.activation_checkpointing,
         reference=config.algorithm.kl.coefficient > 0 and not rank,
     )
-    return MemoryPlan(estimate, _engine(config, shape), config.rollout.engines)
+    spread = {"shards": ranks // apart, "split": parallel.tensor}
+    estimate = build(master=width != 4) if ranks == 1 else build(**spread)
+    return MemoryPlan(estimate, _engine(config, shape), config.rollout.engines, ranks)
 
 
-def _tokens(config: Config) -> int:
-    """Packed tokens of the largest micro-batch: the budget, or all of a mini-batch when that is less."""
+def _tokens(config: Config, ranks: int) -> int:
+    """Packed tokens of the largest micro-batch: the budget, or a rank's share of a mini-batch if less."""
     loop, learner = config.loop, config.learner
     prompt, response = config.data.max_prompt_tokens, config.rollout.max_new_tokens
     copies = 1 if learner.share_prompts else loop.group_size
-    whole = loop.groups_per_mini_batch * (copies * prompt + loop.group_size * response)
+    whole = math.ceil(loop.groups_per_mini_batch / ranks) * (copies * prompt + loop.group_size * response)
     return min(learner.token_budget, whole)
 
 

@@ -37,6 +37,7 @@ SECTIONS = {
     "learner": "The update",
     "weights": "Publishing weights to the engines",
     "staleness": "How old the experience is",
+    "ahead": "Generation beside learning (`loop.staleness` above 0), by a clock of its own",
     "eval": "The problems of `evaluation.split`, with their own sampling settings",
     "throughput": "Speed",
     "time": "Where the step's seconds went; phases and `time/other` add up to `time/step`",
@@ -126,6 +127,15 @@ weights/<phase>_seconds | seconds | one phase of the publish: gather, transfer, 
 
 staleness/mean | versions | mean age of the groups learned from: versions published since they were generated
 staleness/max | versions | age of the oldest of them
+staleness/token_mean | versions | mean age of the tokens learned from: newest version minus their own
+staleness/token_max | versions | age of the oldest of them
+
+ahead/rollout_seconds | seconds | generation of this step's groups
+ahead/reward_seconds | seconds | grading them
+ahead/wait_seconds | seconds | its waiting for engines that took weights or answered an evaluation
+ahead/bound_seconds | seconds | its waiting for learning, `loop.staleness` steps behind, before it began
+ahead/other_seconds | seconds | its drawing and selecting
+ahead/ready | steps | further steps whose groups were complete when this one took its own
 
 eval/accuracy | share | prompts answered right under the strict rule
 eval/accuracy_low | share | lower end of the 95 % Wilson interval
@@ -145,6 +155,7 @@ throughput/total | tokens/s | generated tokens over the seconds of the step
 
 time/rollout | seconds | generation
 time/reward | seconds | grading
+time/wait | seconds | waiting for groups, or for engines in the middle of a round
 time/batching | seconds | advantages and rows
 time/logprobs | seconds | old and reference log-probs
 time/update | seconds | forward, backward, optimizer

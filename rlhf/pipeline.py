@@ -16,8 +16,8 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from rlhf import environment, faults, initial_weights, models, report, resume, state_file
+from rlhf.ahead import Ahead
 from rlhf.algorithms.dynamic_sampling import Selector
-from rlhf.algorithms.losses import build_loss
 from rlhf.checkpoint import Checkpoints
 from rlhf.clock import Clock
 from rlhf.compose import to_dict, to_yaml
@@ -25,11 +25,13 @@ from rlhf.config import Config
 from rlhf.data.cursor import Cursor
 from rlhf.data.prompts import PromptBuilder
 from rlhf.data.splits import Splits, load_splits
+from rlhf.distributed import build_learner, follow_config, joined
 from rlhf.errors import InterruptedRunError, UserError, clear_sentences
 from rlhf.evaluation.config import Split
 from rlhf.evaluation.graders import second_opinions
 from rlhf.evaluation.runner import Evaluation, evaluate, sampling_for
 from rlhf.files import replace_text
+from rlhf.generation import Direct, Generation, Source
 from rlhf.loop import Summary, train
 from rlhf.memory import MemoryMonitor
 from rlhf.models import ResolvedModel
@@ -46,12 +48,15 @@ from rollout.engine import Engine
 from rollout.errors import EngineError
 from rollout.pool import Draw, LocalPool, build_engines
 from rollout.recorder import Recorder
+from rollout.turns import Turns
 from rollout.types import Prompt
 from rollout.weights.probe import probe_length, probe_sequences
 from rollout.weights.publisher import Publisher
 from trainer.errors import described
 from trainer.learner import Learner
 from trainer.model import hub_names, load_model, save_model
+from trainer.parallel.mesh import Team
+from trainer.parallel.world import World
 
 logger = logging.getLogger(__name__)
 
@@ -68,11 +73,21 @@ def train_config(
 ) -> Summary:
     """Build and train a configuration.
 
-    Raises `UserError` when it does not fit this machine or data, `RunStoppedError` when it must not go on,
-    `InterruptedRunError` (a `KeyboardInterrupt`) when SIGINT or SIGTERM ended it.
+    Under torchrun every rank calls this; ranks above 0 hold their part of the learner until rank 0 ends, and
+    then leave the process (`SystemExit`). Raises `UserError` when it does not fit this machine or data,
+    `RunStoppedError` when it must not go on, `InterruptedRunError` (a `KeyboardInterrupt`) when SIGINT or
+    SIGTERM ended it.
     """
-    with faults.stopping(config, lambda: "the run could not start"), clear_sentences():
-        run = build(config, recipe, reward=reward, dataset=dataset)
+    if World.from_environment().follows:
+        raise SystemExit(follow_config(config))
+    with joined(config) as team:
+        with faults.stopping(config, lambda: "the run could not start"), clear_sentences():
+            run = build(config, recipe, reward=reward, dataset=dataset, team=team)
+        return _train(run)
+
+
+def _train(run: Run) -> Summary:
+    """Train what is built, close it, and write its report, however it ends."""
     try:
         with _watched(run):
             summary = train(run)
@@ -82,7 +97,7 @@ def train_config(
         run.close()
         _write_report(run.folder)
     if not run.finished:
-        raise _interrupted(run, f"interrupted after step {run.step} of {config.loop.steps}")
+        raise _interrupted(run, f"interrupted after step {run.step} of {run.config.loop.steps}")
     return summary
 
 
@@ -160,6 +175,7 @@ def build(
     *,
     reward: Callable[..., Any] | None = None,
     dataset: Sequence[Mapping[str, Any]] | None = None,
+    team: Team | None = None,
 ) -> Run:
     """Load all that a run needs, engines and learner side by side; close what was opened on failure."""
     transformers_logging.disable_progress_bar()
@@ -182,7 +198,7 @@ def build(
             opened.callback(config_file(folder).unlink, missing_ok=True)
         else:
             initial_weights.agree(resolved.initial, folder)
-        learner, engines = _learner_and_engines(config, resolved, folder, placement)
+        learner, engines = _learner_and_engines(config, resolved, folder, placement, team)
         pool = opened.enter_context(closing(LocalPool(engines, config.run.seed)))
         probe = _probe(config, prompts, tokenizer)
         publisher = opened.enter_context(
@@ -191,19 +207,34 @@ def build(
         sampling = config.rollout.sampling(models.end_token_ids(tokenizer, resolved.folder))
         _announce(resolved, splits, engines, sampling, learner)
         clock = Clock()
+        generation = Generation(
+            config=config,
+            prompts=prompts,
+            cursor=_cursor(config, splits, prompts),
+            selector=Selector(config.algorithm.dynamic_sampling, config.loop.prompts),
+            pool=pool,
+            turns=Turns(),
+            sampling=sampling,
+            scorer=scorer,
+            learner=learner,
+            decode=functools.partial(_decode, tokenizer),
+            updates=lambda: publisher.version - 1,
+        )
         run = Run(
             config=config,
             folder=folder,
             lock=lock,
             checkpoints=Checkpoints(folder, config.checkpoint),
-            prompts=prompts,
             heldout=heldout,
-            cursor=_cursor(config, splits, prompts),
+            generation=generation,
+            source=_source(config, generation, clock),
+            cursor=generation.cursor,
+            selector=generation.selector,
             tokenizer=tokenizer,
             pool=pool,
+            turns=generation.turns,
             sampling=sampling,
             scorer=scorer,
-            selector=Selector(config.algorithm.dynamic_sampling, config.loop.prompts),
             learner=learner,
             publisher=publisher,
             graders=second_opinions(config.reward),
@@ -227,6 +258,21 @@ def _go_on(run: Run, start: resume.Start) -> dict[str, str]:
         logger.info("%s goes on after step %d.", run.folder, start.step)
     resume.cut_back(run.folder, start.step)
     return state.get("trackers", {})
+
+
+def _source(config: Config, generation: Generation, clock: Clock) -> Source:
+    """Where steps get their groups from: generated when they ask, or up to `loop.staleness` steps ahead."""
+    loop = config.loop
+    return (
+        Ahead(generation, clock, lead=loop.staleness, last=loop.steps)
+        if loop.staleness
+        else Direct(generation, clock)
+    )
+
+
+def _decode(tokenizer: Any, token_ids: list[int]) -> str:
+    """Text of a response without special tokens."""
+    return str(tokenizer.decode(token_ids, skip_special_tokens=True))
 
 
 def _cursor(config: Config, splits: Splits, prompts: dict[str, list[Prompt]]) -> Cursor:
@@ -307,7 +353,7 @@ def _prompts(config: Config, splits: Splits, tokenizer: Any) -> tuple[dict[str, 
 
 
 def _learner_and_engines(
-    config: Config, resolved: ResolvedModel, folder: Path, placement: Placement
+    config: Config, resolved: ResolvedModel, folder: Path, placement: Placement, team: Team | None
 ) -> tuple[Learner, list[Engine]]:
     """Load engines and learner at the same time; first the engine in this process, or on the learner's GPU.
 
@@ -329,7 +375,7 @@ def _learner_and_engines(
         else:
             loading = thread.submit(load)
         try:
-            learner = build_learner(config, resolved, folder)
+            learner = build_learner(config, resolved, folder, team)
         except BaseException:
             for engine in [] if loading.exception() else loading.result():
                 engine.close()
@@ -358,25 +404,6 @@ def _engines(
         raise EngineError(f"an engine could not be loaded: {described(error)}.") from error
 
 
-def build_learner(config: Config, resolved: ResolvedModel, folder: Path) -> Learner:
-    """The learner as it is before the first step of the run in `folder`."""
-    profile = dataclasses.replace(
-        config.learner.profile, folder=config.learner.profile.folder or str(folder / "profile")
-    )
-    learner = Learner(
-        dataclasses.replace(config.learner, profile=profile),
-        initial_weights.load(resolved),
-        loss=build_loss(config.algorithm),
-        temperature=config.rollout.temperature,
-        total_steps=config.loop.steps,
-        seed=config.run.seed,
-        needs_reference=config.algorithm.kl.coefficient > 0,
-        adapter=resolved.adapter,
-    )
-    initial_weights.install_adapter(resolved, learner)
-    return learner
-
-
 def _placement(config: Config, learner: bool = True) -> Placement:
     """Where the engines run on this machine."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -386,7 +413,13 @@ def _placement(config: Config, learner: bool = True) -> Placement:
             "rollout.process=child."
         )
     rollout = config.rollout
-    return place(gpus, engines=rollout.engines, tensor_parallel=rollout.tensor_parallel, learner=learner)
+    return place(
+        gpus,
+        engines=rollout.engines,
+        tensor_parallel=rollout.tensor_parallel,
+        learner=learner,
+        ranks=World.from_environment().local_size,
+    )
 
 
 def _write_records(config: Config, folder: Path, resolved: ResolvedModel, scorer: Scorer) -> None:
@@ -452,7 +485,7 @@ def _evaluate(config: Config) -> Evaluation:
                 [Draw(prompt=p, group_id=f"eval/{p.id}", samples=1) for p in asked],
                 sampling,
                 born=0,
-                decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
+                decode=functools.partial(_decode, tokenizer),
             ),
             scorer.score,
             sampling_for(config.evaluation, training),

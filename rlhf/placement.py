@@ -21,20 +21,22 @@ class Placement:
         return bool(self.engines[0])
 
 
-def place(gpus: int, *, engines: int, tensor_parallel: int, learner: bool = True) -> Placement:
+def place(
+    gpus: int, *, engines: int, tensor_parallel: int, learner: bool = True, ranks: int = 1
+) -> Placement:
     """Deal `gpus` GPUs out to `engines` engines of `tensor_parallel` each.
 
-    Beside a learner, engines get the GPUs after GPU 0, and a single small one shares GPU 0 where there is no
-    other. A learner on the CPU counts too: its weights go to engines by way of GPU 0. Raises `UserError` when
-    there are too few.
+    Beside a learner, which takes a GPU for each of its `ranks`, engines get the GPUs after those, and a
+    single small one shares GPU 0 with a learner of one rank where there is no other. A learner on the CPU
+    counts too: its weights go to engines by way of GPU 0. Raises `UserError` when there are too few.
     """
     if not gpus:
         return Placement(engines=((),) * engines)
-    first = 1 if learner else 0
+    first = ranks if learner else 0
     if first + engines * tensor_parallel <= gpus:
         starts = range(first, first + engines * tensor_parallel, tensor_parallel)
         return Placement(engines=tuple(tuple(range(start, start + tensor_parallel)) for start in starts))
-    if engines == tensor_parallel == 1:
+    if engines == tensor_parallel == first == 1:
         return Placement(engines=((0,),), shared=True)
     raise UserError(
         f"rollout.engines={engines} of rollout.tensor_parallel={tensor_parallel} need "

@@ -12,11 +12,38 @@ from rlhf.data.splits import Splits, load_splits
 from rlhf.errors import UserError, clear_sentences
 from rlhf.rewards.base import Scorer
 from rlhf.tracking.base import build as build_trackers
+from rollout.config import EngineProcess
 from rollout.vllm_engine import max_positions
+from trainer.config import OptimizerName
+from trainer.parallel.world import World
+
+
+def check_ranks(config: Config, world: World) -> None:
+    """Refuse, with `UserError`, what does not fit the number of processes that hold the learner."""
+    with clear_sentences():
+        degrees = config.learner.parallel.degrees(world.size)
+    if degrees.tensor > 1 and (config.learner.lora.rank or config.model.adapter):
+        raise UserError(
+            f"learner.parallel.tensor={degrees.tensor} does not split adapters: set "
+            f"learner.parallel.tensor=1."
+        )
+    optimizer = config.learner.optimizer.name
+    if degrees.shard * degrees.tensor > 1 and optimizer in (OptimizerName.muon, OptimizerName.adafactor):
+        raise UserError(
+            f"learner.optimizer.name={optimizer} looks at whole matrices, which learner.parallel.shard="
+            f"{degrees.shard} and tensor={degrees.tensor} cut in slices: choose another, or set both to 1 "
+            f"and learner.parallel.replicate={world.size}."
+        )
+    if world.size > 1 and config.rollout.process is EngineProcess.inprocess:
+        raise UserError(
+            f"rollout.process=inprocess would put vLLM among the {world.size} ranks of the learner, where it "
+            f"hangs: set rollout.process=child."
+        )
 
 
 def dry_run(config: Config, recipe: str) -> str:
     """Validate all that can be validated without a model; returns what would run. Writes nothing."""
+    check_ranks(config, World.from_environment())
     folder = run_folder(config, recipe)
     with clear_sentences():
         models.check_local(config.model)

@@ -24,9 +24,9 @@ from rlhf.checkpoint import STATE, Checkpoints
 from rlhf.clock import Clock
 from rlhf.compose import load, to_dict
 from rlhf.config import Config
+from rlhf.distributed import build_learner
 from rlhf.errors import RunStoppedError, UserError, clear_sentences
 from rlhf.loop import learn
-from rlhf.pipeline import build_learner
 from rlhf.replay_result import Replay, compare, tensors_of
 from rlhf.run_steps import RunStep
 from rlhf.tracking import jsonl

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import typing
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from rlhf.algorithms.dynamic_sampling import Selector
 from rlhf.checkpoint import STATE, Checkpoints
 from rlhf.clock import Clock
 from rlhf.config import Config
-from rlhf.data.cursor import Cursor, Pick
+from rlhf.data.cursor import Cursor
 from rlhf.evaluation.runner import Grader
+from rlhf.generation import Generation, Source
 from rlhf.interruption import Interruption
 from rlhf.memory import MemoryMonitor
 from rlhf.resume import FolderLock
@@ -26,6 +28,7 @@ from rlhf.tracking.base import Trackers
 from rollout.engine import Sampling
 from rollout.pool import Draw, LocalPool
 from rollout.recorder import Recorder
+from rollout.turns import Turns, paused
 from rollout.types import Group, Prompt
 from rollout.weights.publisher import Publisher
 from trainer.learner import Learner
@@ -46,16 +49,22 @@ class Run:
     folder: Path
     lock: FolderLock
     checkpoints: Checkpoints
-    prompts: dict[str, list[Prompt]]
-    """Training prompts by source."""
     heldout: list[Prompt]
     """Prompts that evaluation answers (`evaluation.split`)."""
+    generation: Generation
+    """How groups come about; belongs to the thread of `source`."""
+    source: Source
+    """Where each step's groups come from."""
     cursor: Cursor
+    """As it was when the groups of the step in progress were complete; generation may be further."""
+    selector: Selector
+    """Likewise: with the groups that are carried into the next step."""
     tokenizer: Any
     pool: LocalPool
+    turns: Turns
+    """Who may use the engines."""
     sampling: Sampling
     scorer: Scorer
-    selector: Selector
     learner: Learner
     publisher: Publisher
     graders: dict[str, Grader]
@@ -93,24 +102,19 @@ class Run:
         """Whether another step is to be made now: one is left and no signal has asked to end."""
         return not self.finished and self.interruption.received is None
 
-    def generate(self, picks: Sequence[Pick]) -> list[Group]:
-        """One group of `loop.group_size` responses to each pick, seeded by the pick's serial number."""
-        draws = [
-            Draw(
-                prompt=self.prompts[pick.source][pick.index],
-                group_id=f"{pick.serial:08d}",
-                samples=self.config.loop.group_size,
-            )
-            for pick in picks
-        ]
-        groups = self.pool.generate(draws, self.sampling, born=self.step, decode=self.decode)
-        self.generated += sum(len(t.response_ids) for group in groups for t in group.trajectories)
-        return groups
+    def between_rounds(self) -> AbstractContextManager[None]:
+        """Wait until the engines have ended the round in progress; no other begins inside the block."""
+        return self.turns(waiting=self.clock("wait"))
+
+    def publishing(self) -> AbstractContextManager[None]:
+        """When engines may take new weights: between rounds, with `loop.inflight_updates` in their midst."""
+        return paused(self.pool.engines) if self.config.loop.inflight_updates else self.between_rounds()
 
     def answer(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """One response to each prompt, for evaluation; its group ids never meet training's."""
         draws = [Draw(prompt=p, group_id=f"eval/{self.step}/{p.id}", samples=1) for p in prompts]
-        return self.pool.generate(draws, sampling, born=self.step, decode=self.decode)
+        with self.between_rounds():
+            return self.pool.generate(draws, sampling, born=self.step, decode=self.generation.decode)
 
     def weights(self) -> WeightStream:
         """The learner's weights in the engines' number format."""
@@ -120,15 +124,6 @@ class Run:
     def engine_dtype(self) -> torch.dtype:
         """The number format that the engines hold weights in."""
         return typing.cast(torch.dtype, getattr(torch, self.config.rollout.dtype.value))
-
-    def decode(self, token_ids: list[int]) -> str:
-        """Text of a response without special tokens."""
-        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
-
-    def count(self, numbers: dict[str, float]) -> None:
-        """Add to counts of the step in progress, which several generation rounds share."""
-        for name, number in numbers.items():
-            self.metrics[name] = self.metrics.get(name, 0.0) + number
 
     def say(self, sentence: str) -> None:
         """Tell the user something that must not be missed."""
@@ -170,7 +165,8 @@ class Run:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict()` of a run with the same configuration.
 
-        The first publish brings these weights to the engines, under the version that they had.
+        The first publish brings these weights to the engines, under the version that they had. Generation has
+        not begun: cursor and selector are its own.
         """
         for name, value in state["counters"].items():
             setattr(self, name, value)
@@ -183,8 +179,10 @@ class Run:
         self.resumed = True
 
     def close(self) -> None:
-        """Release engines, graders and trackers, whatever happened before."""
-        for part in (self.trackers, self.publisher, self.pool, self.scorer, self.lock):
+        """Release engines, graders, trackers and other ranks, whatever happened before."""
+        self.source.stop()
+        parts = (self.trackers, self.publisher, self.pool, self.learner, self.scorer, self.source, self.lock)
+        for part in parts:
             try:
                 part.close()
             except Exception:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import faulthandler
 import logging
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
+from rlhf.background import Lookout
 from rlhf.clock import Clock
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ LOOK_SECONDS = 30.0
 STANDARD_ERROR = 2
 
 
-class Watchdog:
+class Watchdog(Lookout):
     """A sleeping thread that looks now and then whether a phase has begun or ended.
 
     When none has for `run.watchdog_minutes` it says so once, with the Python stacks of this process and of
@@ -42,37 +43,29 @@ class Watchdog:
     ) -> None:
         """`minutes`: 0 watches nothing, and starts no thread. `step`: the one in progress. `engine_stacks`:
         by engine, empty text from one that does not answer."""
+        super().__init__("watchdog", self._look, lambda: self._pause_seconds)
         self._limit = 60.0 * minutes
+        self._pause_seconds = min(self._limit / 4, LOOK_SECONDS)
         self._clock = clock
         self._folder = folder
         self._step = step
         self._engine_stacks = engine_stacks
         self._told = False
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
-    def __enter__(self) -> Watchdog:
+    def __enter__(self) -> Self:
         """Begin to watch."""
         if self._limit:
-            self._thread.start()
+            self._set_alarm()
+            super().__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Watch no longer."""
-        self._stop.set()
         if self._limit:
-            self._thread.join()
+            super().__exit__(kind, error, trace)
             faulthandler.cancel_dump_traceback_later()
-
-    def _run(self) -> None:
-        pause = min(self._limit / 4, LOOK_SECONDS)
-        while True:
-            faulthandler.dump_traceback_later(1.25 * self._limit + pause, file=STANDARD_ERROR)
-            if self._stop.wait(pause):
-                return
-            self._look()
 
     def _look(self) -> None:
         if self._clock.still < self._limit:
@@ -80,6 +73,12 @@ class Watchdog:
         elif not self._told:
             self._told = True
             self._report(self._clock.phase, self._clock.still / 60)
+        self._set_alarm()
+
+    def _set_alarm(self) -> None:
+        """Have the interpreter write the stacks, unless the next look comes in time to put it off."""
+        seconds = 1.25 * self._limit + self._pause_seconds
+        faulthandler.dump_traceback_later(seconds, file=STANDARD_ERROR)
 
     def _report(self, phase: str, minutes: float) -> None:
         head = f"the phase '{phase}' of step {self._step()} has not ended for {minutes:.3g} minutes"

@@ -12,6 +12,7 @@ import contextlib
 import ctypes.util
 import errno
 import functools
+import itertools
 import logging
 import mmap
 import os
@@ -71,6 +72,8 @@ _DOING = {
     "score": "scoring",
     "init_transfer": "opening the weight channel",
     "receive_weights": "installing weights",
+    "pause": "pausing",
+    "resume": "resuming",
 }
 """Calls in words."""
 
@@ -79,9 +82,11 @@ class ChildEngine:
     """An engine in a child process. Implements `rollout.engine.Engine`.
 
     The constructor returns at once, so that several engines load at the same time; `wait` (or the first call)
-    waits until the model is loaded. One call at a time; different engines may be called from different
-    threads. Calls raise `EngineDied` when the process is gone, what the engine raised when that is a
-    builtin exception or one of `rollout`'s, else `EngineError`. Tracebacks are in the child's log.
+    waits until the model is loaded. Any thread may call; one call at a time, but that `pause`, and calls
+    until `resume`, may come in the midst of a round.
+
+    Calls raise `EngineDied` when the process is gone, what the engine raised when that is a builtin exception
+    or one of `rollout`'s, else `EngineError`. Tracebacks are in the child's log.
     """
 
     def __init__(self, spec: EngineSpec, gpus: Sequence[int] = ()) -> None:
@@ -90,12 +95,14 @@ class ChildEngine:
         self.log_path = Path(spec.log_path or _temporary_log())
         self._temporary = not spec.log_path
         self._version = 0
-        self._number = READY
+        self._numbers = itertools.count(READY + 1)
         self._ready = False
-        self._doing = LOADING
         self._kills = kernel_kills()
         self._closed = False
+        self._rounds = threading.Lock()
         self._lock = threading.Lock()
+        self._sending = threading.Lock()
+        self._answers = Answers()
         # The parent-death signal follows the *thread* that forked: a thread that lasts must do it.
         self._process, self._connection = (
             _spawner(os.getpid()).submit(_spawn, spec, self.log_path, gpus).result()
@@ -114,34 +121,43 @@ class ChildEngine:
 
     def wait(self) -> None:
         """Wait until the model is loaded; raises what loading it raised."""
-        with self._lock:
+        with self._sending:
             self._wait_ready()
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """See `rollout.vllm_engine.VllmEngine.generate`."""
-        return self._call("generate", list(requests), sampling)
+        with self._rounds:
+            return self._call("generate", list(requests), sampling)
 
     def score(self, sequences: Sequence[list[int]], temperature: float = 1.0) -> list[list[float]]:
         """See `rollout.vllm_engine.VllmEngine.score`."""
-        return self._call("score", list(sequences), temperature)
+        return self._exchange("score", list(sequences), temperature)
 
     def effective_sampling(self, sampling: Sampling) -> dict[str, Any]:
         """See `rollout.vllm_engine.VllmEngine.effective_sampling`."""
-        return self._call("effective_sampling", sampling)
+        return self._exchange("effective_sampling", sampling)
 
     def init_transfer(self, info: dict[str, Any]) -> None:
         """Open the weight channel that `spec.transport` names."""
-        self._call("init_transfer", info)
+        self._exchange("init_transfer", info)
 
     def receive_weights(self, info: dict[str, Any], version: int) -> dict[str, Any]:
         """See `rollout.vllm_engine.VllmEngine.receive_weights`."""
-        report = self._call("receive_weights", info, version)
+        report = self._exchange("receive_weights", info, version)
         self._version = version
         return report
 
+    def pause(self) -> None:
+        """See `rollout.vllm_engine.VllmEngine.pause`; a round that is asked for meanwhile waits."""
+        self._exchange("pause")
+
+    def resume(self) -> None:
+        """See `rollout.vllm_engine.VllmEngine.resume`."""
+        self._exchange("resume")
+
     def memory(self) -> dict[str, float]:
         """Resident bytes of the child and bytes of its KV cache."""
-        return self._call("memory")
+        return self._exchange("memory")
 
     def stacks(self) -> str:
         """Where every Python thread of the child is, also while a call hangs; empty when it cannot say."""
@@ -162,61 +178,64 @@ class ChildEngine:
         if self._closed:
             return
         self._closed = True
-        idle = self._lock.acquire(timeout=CLOSE_SECONDS)
-        try:
-            if idle and self._ready and self._process.poll() is None:
-                self._connection.send((self._number + 1, "close", ()))
-                self._process.wait(CLOSE_SECONDS)
-        except (OSError, subprocess.TimeoutExpired):
-            pass  # it is killed below
-        finally:
-            if idle:
+        if self._rounds.acquire(timeout=CLOSE_SECONDS):
+            if self._lock.acquire(timeout=CLOSE_SECONDS):
+                self._end()
                 self._lock.release()
+            self._rounds.release()
         self._finalizer()
         self._connection.close()
         if self._temporary:
             self.log_path.unlink(missing_ok=True)
 
-    def _call(self, name: str, *arguments: Any) -> Any:
+    def _end(self) -> None:
+        """Ask an idle child to end, and wait for it; what goes wrong leaves it to be killed."""
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            if self._ready and self._process.poll() is None:
+                self._connection.send((next(self._numbers), "close", ()))
+                self._process.wait(CLOSE_SECONDS)
+
+    def _exchange(self, name: str, *arguments: Any) -> Any:
+        """A call other than for a round, which it may fall into."""
         with self._lock:
-            if self._closed:
-                raise EngineError("The engine is closed.")
+            return self._call(name, *arguments)
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        if self._closed:
+            raise EngineError("The engine is closed.")
+        doing = _DOING.get(name, f"answering {name}")
+        with self._sending:
             self._wait_ready()
-            self._number += 1
-            self._doing = _DOING.get(name, f"answering {name}")
+            number = next(self._numbers)
             try:
-                self._connection.send((self._number, name, arguments))
+                self._connection.send((number, name, arguments))
             except OSError:
-                raise self._died("before") from None
-            return self._receive(self._number)
+                raise self._died(doing, "before") from None
+        return self._receive(number, doing)
 
     def _wait_ready(self) -> None:
         if not self._ready:
-            self._receive(READY)
+            self._receive(READY, LOADING)
             self._ready = True
 
-    def _receive(self, number: int) -> Any:
-        """The answer to call `number`; answers to calls that an interrupt gave up are passed over."""
-        while True:
-            try:
-                answered, succeeded, value = self._connection.recv()
-            except (EOFError, OSError):
-                raise self._died() from None
-            if answered == number:
-                break
+    def _receive(self, number: int, doing: str) -> Any:
+        try:
+            succeeded, value = self._answers.take(number, self._connection)
+        except (EOFError, OSError):
+            raise self._died(doing) from None
         if succeeded:
             return value
         error, lines = value
         if type(error) in (str, RuntimeError):
             said = error if isinstance(error, str) else described(error)
-            error = EngineError(f"the engine failed while {self._doing}: {said}.")
+            error = EngineError(f"the engine failed while {doing}: {said}.")
         if isinstance(error, EngineError):
             self._temporary = False  # the sentence names the log
             raise type(error)(f"{str(error).rstrip('.')} (its log is {self.log_path}).")
         error.add_note(f"In the engine's process {self.pid}:\n{lines}")
         raise error
 
-    def _died(self, when: str = "while") -> EngineDied:
+    def _died(self, doing: str, when: str = "while") -> EngineDied:
         self._temporary = False  # the sentence names the log
         try:
             status = self._process.wait(CLOSE_SECONDS)
@@ -226,9 +245,48 @@ class ChildEngine:
         how = f"by {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
         why = sender(self._kills, kernel_kills()) if status == -signal.SIGKILL else ""
         return EngineDied(
-            f"the engine's process {self.pid} ended {how} {when} {self._doing}{why} (its log is "
-            f"{self.log_path})."
+            f"the engine's process {self.pid} ended {how} {when} {doing}{why} (its log is {self.log_path})."
         )
+
+
+class Answers:
+    """What comes out of the pipe, for whichever thread waits for it: one of them reads for all."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._reading = False
+        self._arrived: dict[int, tuple[bool, Any]] = {}
+        self._awaited: set[int] = set()
+
+    def take(self, number: int, connection: Connection) -> tuple[bool, Any]:
+        """The answer to call `number`; those to calls that an interrupt gave up are passed over.
+
+        Raises EOFError or OSError when the other end is gone.
+        """
+        with self._changed:
+            self._awaited.add(number)
+            try:
+                while number not in self._arrived:
+                    if self._reading:
+                        self._changed.wait()
+                    else:
+                        self._read(connection)
+                return self._arrived.pop(number)
+            finally:
+                self._awaited.remove(number)
+
+    def _read(self, connection: Connection) -> None:
+        """Receive one answer, without the lock meanwhile, and wake all who wait."""
+        self._reading = True
+        self._changed.release()
+        try:
+            answered, succeeded, value = connection.recv()
+        finally:
+            self._changed.acquire()
+            self._reading = False
+            self._changed.notify_all()
+        if answered in self._awaited:
+            self._arrived[answered] = (succeeded, value)
 
 
 def sender(kills_before: int | None, kills_now: int | None) -> str:

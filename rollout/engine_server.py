@@ -15,6 +15,7 @@ import pickle
 import signal
 import sys
 import traceback
+from collections import deque
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,15 @@ CALLS = frozenset(
         "memory",
         "effective_sampling",
         "weight_version",
+        "pause",
+        "resume",
+        "close",
     )
 )
 """What the parent may call; `weight_version` is a property."""
+
+Call = tuple[int, str, tuple[Any, ...]]
+"""Number, name and arguments of a call."""
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -74,8 +81,7 @@ def remove_openmp_file(pid: int) -> None:
 
 
 def serve(connection: Connection) -> None:
-    """Build the engine that the first message describes, then answer calls until `close` or the pipe's
-    end."""
+    """Build the engine that the first message describes, then answer calls until the end."""
     spec: EngineSpec = connection.recv()
     gc.disable()  # importing and loading make a million objects that stay: scanning them again is waste
     try:
@@ -85,16 +91,54 @@ def serve(connection: Connection) -> None:
         return
     gc.enable()
     connection.send((READY, True, None))
-    while True:
-        try:
-            number, name, arguments = connection.recv()
-        except EOFError:
-            return
-        if name == "close":
-            engine.close()
-            connection.send((number, True, None))
-            return
-        connection.send((number, *answer(engine, name, arguments)))
+    with contextlib.suppress(EOFError):
+        Calls(connection, engine).run()
+
+
+class Calls:
+    """Answers calls in the order in which they come, with one exception.
+
+    `pause`, and what follows it up to `resume`, is answered between two steps of a round in progress; in a
+    pause a round or an end waits for `resume`.
+    """
+
+    def __init__(self, connection: Connection, engine: VllmEngine) -> None:
+        self._connection = connection
+        self._engine = engine
+        self._later: deque[Call] = deque()
+        engine.between_steps = self._in_a_round
+
+    def run(self) -> None:
+        """Answer until `close`. Raises EOFError at the pipe's end."""
+        while True:
+            call = self._later.popleft() if self._later else self._connection.recv()
+            self._answer(call)
+            if call[1] == "close":
+                return
+
+    def _in_a_round(self) -> None:
+        while self._connection.poll():
+            call = self._connection.recv()
+            if call[1] == "pause":
+                self._answer(call)
+            else:
+                self._later.append(call)
+
+    def _answer(self, call: Call) -> None:
+        number, name, arguments = call
+        self._connection.send((number, *answer(self._engine, name, arguments)))
+        if name == "pause":
+            self._until_resumed()
+
+    def _until_resumed(self) -> None:
+        name = ""
+        while name != "resume":
+            call = self._connection.recv()
+            name = call[1]
+            if name in ("generate", "close"):
+                self._later.append(call)
+            else:
+                self._answer(call)
 
 
 def answer(engine: VllmEngine, name: str, arguments: tuple[Any, ...]) -> tuple[bool, Any]:

@@ -22,7 +22,7 @@ import os
 import random
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,9 @@ class VllmEngine:
         self._closed = False
         self._version = 0
         self._counter = 0
+        self._aside: Any = None
+        self.between_steps: Callable[[], None] = _nothing
+        """Called between two steps; it may `pause`, then score and receive weights, and `resume`."""
         _text_config(spec.model)
         _refuse_distributed_process()
         try:
@@ -180,6 +183,29 @@ class VllmEngine:
             self._engine.reset_prefix_cache()
             return dict(self._llm.collective_rpc(_transfer_report)[0])
 
+    def pause(self) -> None:
+        """Set the requests of a round in progress, where there is one, aside until `resume`.
+
+        They are kept with their tokens and generators; what is cached of them is dropped and computed anew
+        under the weights that are there then, so every token's log-prob is that of one version.
+        """
+        with _undisturbed_process(self.spec.threads), engine_failures("pausing"):
+            self._engine.sleep(level=0, mode="keep")  # waits for the device
+            self._engine.reset_prefix_cache(reset_running_requests=True)
+            scheduler = self._scheduler
+            self._aside, scheduler.waiting = scheduler.waiting, type(scheduler.waiting)()
+            self._engine.wake_up(["scheduling"])
+
+    def resume(self) -> None:
+        """Go on with what `pause` has set aside."""
+        if self._aside is not None:
+            self._scheduler.waiting, self._aside = self._aside, None
+
+    @property
+    def _scheduler(self) -> Any:
+        """vLLM's own, whose queue `pause` changes."""
+        return self._engine.engine_core.engine_core.scheduler
+
     def memory(self) -> dict[str, float]:
         """Resident bytes of the process that holds the engine and bytes of its KV cache."""
         return {"resident": _resident_bytes(), "kv_cache": float(self._llm.collective_rpc(_kv_bytes)[0])}
@@ -211,7 +237,7 @@ class VllmEngine:
 
     def _run(self, prompts: list[list[int]], parameters: list[Any], doing: str) -> list[Any]:
         """Enqueue all, then step until done; an interrupted round leaves nothing behind."""
-        names = []
+        names: list[str] = []
         finished: dict[str, Any] = {}
         with _undisturbed_process(self.spec.threads), engine_failures(doing):
             try:
@@ -220,14 +246,19 @@ class VllmEngine:
                     self._counter += 1
                     self._engine.add_request(name, {"prompt_token_ids": prompt}, params)
                     names.append(name)
-                while self._engine.has_unfinished_requests():
+                while len(finished) < len(names) and self._engine.has_unfinished_requests():
                     for output in self._engine.step():
                         if output.finished:
                             finished[output.request_id] = output
+                    self.between_steps()
             except BaseException:
                 self._engine.abort_request(names)
                 raise
         return [finished[name] for name in names]
+
+
+def _nothing() -> None:
+    """Between two steps, where nobody calls."""
 
 
 def usable_cores() -> int:

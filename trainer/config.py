@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from trainer.parallel.config import ParallelConfig
+
 
 class OptimizerName(StrEnum):
     """Optimizers by name."""
@@ -114,6 +116,7 @@ class LearnerConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0 leaves them as they are."""
     on_nonfinite: OnNonfinite = OnNonfinite.stop
@@ -160,7 +163,7 @@ class LearnerConfig:
             found.append(
                 f"learner.profile.steps={self.profile.steps} counts from 0: leave out negative steps."
             )
-        return found + self._check_lora()
+        return found + self._check_lora() + self.parallel.check()
 
     def _check_lora(self) -> list[str]:
         if not self.lora.rank:

@@ -14,6 +14,10 @@ class NonFiniteError(ValueError):
     """A loss or gradient is NaN or infinite; weights and optimizer are as before the step."""
 
 
+class RankError(RuntimeError):
+    """Another rank of the learner failed or is gone; one sentence."""
+
+
 def described(error: BaseException) -> str:
     """An exception for use inside a sentence: its type and the first line of what it says, no full stop."""
     lines = str(error).strip().splitlines()

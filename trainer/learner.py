@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,46 +16,26 @@ from trainer.batch import Row, TokenBatch
 from trainer.config import Device, LearnerConfig, Precision
 from trainer.errors import NonFiniteError
 from trainer.loss import Loss, LossInputs, LossOutput
-from trainer.master_weights import MasterWeights, global_norm
 from trainer.model import WeightStream, freeze, hub_names, save_model
 from trainer.optimizers import build_optimizer
 from trainer.packing import pack
 from trainer.policy import Policy, PolicyOutput
+from trainer.ranks import Alone, Like, Ranks
 from trainer.schedules import lr_factor
 from trainer.skipping import SkippedSteps
+from trainer.step_report import StepReport
 
 if TYPE_CHECKING:
     from adapters.lora import LoraModel
 
+ALONE = Alone()
 DTYPES = {Precision.float32: torch.float32, Precision.bfloat16: torch.bfloat16}
 
 
-@dataclass(slots=True)
-class _Sums:
-    """What the micro-batches of one optimizer step add up to."""
-
-    sums: dict[str, float] = field(default_factory=dict)
-    counts: dict[str, float] = field(default_factory=dict)
-    maxima: dict[str, float] = field(default_factory=dict)
-    loss: float = 0.0
-
-    def add(self, output: LossOutput) -> None:
-        self.loss += output.loss.item()
-        for name, value in output.sums.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(value)
-            self.counts[name] = self.counts.get(name, 0.0) + float(output.counts[name])
-        for name, value in output.maxima.items():
-            self.maxima[name] = max(self.maxima.get(name, -math.inf), float(value))
-
-    def metrics(self) -> dict[str, float]:
-        """Means (absent where the count is zero), maxima and the loss."""
-        means = {name: total / self.counts[name] for name, total in self.sums.items() if self.counts[name]}
-        return {"policy/loss": self.loss, **means, **self.maxima}
-
-
 class Learner:
-    """Trains one policy on this process.
+    """Trains one policy, on this process alone or as one of several ranks.
 
+    Ranks make the same calls in the same order (see `trainer.parallel.leader`), each with rows of its own.
     The model is taken over: cast, moved, perhaps given adapters. Nothing else may change it afterwards.
     """
 
@@ -72,6 +50,7 @@ class Learner:
         seed: int,
         needs_reference: bool = False,
         adapter: Path | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Set up for `total_steps` rollout steps.
 
@@ -84,6 +63,7 @@ class Learner:
             seed: draws fresh adapter weights.
             needs_reference: keep what `reference_logprobs` needs (a frozen copy in full fine-tuning).
             adapter: PEFT folder to continue.
+            ranks: the processes that hold this learner together.
 
         Raises:
             ValueError: a setting does not fit the model.
@@ -91,11 +71,12 @@ class Learner:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.config = config
+        self.ranks = ranks
         self.temperature = temperature
         self.total_steps = total_steps
         self.loss = loss
         self.dtype = DTYPES[config.dtype]
-        self.device = _device(config.device)
+        self.device = device_of(config.device)
         self.rollout_step = 0
         self.optimizer_steps = 0
         self._skipped = SkippedSteps(config.on_nonfinite)
@@ -105,14 +86,14 @@ class Learner:
         self._reference = copy.deepcopy(self.policy) if needs_reference and self._lora is None else None
         self._has_reference = needs_reference
         if self._reference is not None:
-            MasterWeights(self._reference.requires_grad_(False), self.dtype)
+            ranks.place(self._reference.requires_grad_(False), self.dtype)
         freeze(self.policy, config.freeze)
-        self.master = MasterWeights(self.policy, self.dtype)
-        self.optimizer = build_optimizer(config.optimizer, self.master.named)
         if config.activation_checkpointing:
             self.policy.checkpoint_activations()
         if config.compile:
             self.policy.compile_layers()
+        self.master = ranks.place(self.policy, self.dtype)
+        self.optimizer = build_optimizer(config.optimizer, self.master.named)
 
     @property
     def lr(self) -> float:
@@ -141,9 +122,13 @@ class Learner:
 
     def _step(self, rows: Sequence[Row]) -> dict[str, float]:
         batches = pack(rows, self.config.token_budget, self.policy.shares_prompts)
-        metrics = _batch_metrics(batches)
+        own = StepReport.of(batches)
+        self.master.zero_grad()
+        self._accumulate([batch for batch in batches if bool(batch.token_weights.any())], own)
+        total = StepReport.join(self.ranks.exchange(own.plain()))
+        metrics = total.batch_metrics()
         try:
-            metrics |= self._learn([batch for batch in batches if bool(batch.token_weights.any())])
+            metrics |= self._finish(total)
         except NonFiniteError as error:
             self.master.zero_grad()
             self._skipped.drop(error)
@@ -151,37 +136,51 @@ class Learner:
         metrics["learner/optimizer_steps"] = self.optimizer_steps
         return metrics | self._skipped.metrics()
 
-    def _learn(self, batches: Sequence[TokenBatch]) -> dict[str, float]:
-        """Add up the gradients of the micro-batches and step, when there are any."""
-        self.master.zero_grad()
-        sums = _Sums()
+    def _accumulate(self, batches: Sequence[TokenBatch], report: StepReport) -> None:
+        """Add up the gradients of this rank's micro-batches, then keep step with ranks that have more."""
+        rounds = self.ranks.most(len(batches))
         for batch in batches:
-            sums.add(self._backward(batch))
-        metrics = sums.metrics()
-        if batches:
+            try:
+                report.add(self._backward(batch))
+            except NonFiniteError as error:
+                report.problem = report.problem or str(error)
+        for _ in range(rounds - len(batches)):
+            _vanish(self.policy(_idle_batch().to(self.device)))
+
+    def _finish(self, report: StepReport) -> dict[str, float]:
+        """Step, when all ranks' micro-batches went well and there were any."""
+        if report.problem:
+            raise NonFiniteError(report.problem)
+        metrics = report.loss_metrics()
+        if report.learning:
             metrics["learner/grad_norm"] = self._optimize()
             self._skipped.taken()
         return metrics
 
     def _backward(self, batch: TokenBatch) -> LossOutput:
-        """Forward, loss and backward of one micro-batch; gradients are added up."""
+        """Forward, loss and backward of one micro-batch; gradients are added up.
+
+        Raises NonFiniteError for a loss that is not finite, after a backward pass that adds nothing: other
+        ranks wait for it.
+        """
         batch = batch.to(self.device)
         output = self.policy(batch, self.temperature, getattr(self.loss, "needs_entropy_gradient", False))
         result = self.loss(_loss_inputs(batch, output))
         if not torch.isfinite(result.loss):
+            _vanish(output)
             raise NonFiniteError(
                 f"The loss is {result.loss.item()} in optimizer step {self.optimizer_steps + 1}: "
                 f"{_first_odd(output)}: look at the rewards of this step, start anew with a lower "
                 "learner.optimizer.lr"
             )
-        result.loss.backward()
+        (result.loss * self.ranks.size).backward()
         return result
 
     def _optimize(self) -> float:
         """Clip, step and install; returns the norm before clipping."""
-        norm = global_norm(self.master.gradients)
+        norm = self.master.norm()
         if not torch.isfinite(norm):
-            odd = [n for n, p in self.master.named if p.grad is not None and not torch.isfinite(p.grad).all()]
+            odd = [name for found in self.ranks.exchange({"odd": self.master.odd()}) for name in found["odd"]]
             raise NonFiniteError(
                 f"The gradient norm is {norm.item()} in optimizer step {self.optimizer_steps + 1}, first in "
                 f"{odd[0] if odd else 'the sum of all'}: start anew with a lower learner.optimizer.lr or "
@@ -199,7 +198,7 @@ class Learner:
 
     def logprobs(self, rows: Sequence[Row]) -> list[list[float]]:
         """Log-probs of every response token under the current weights, at the learner's temperature."""
-        return self._score_rows(self.policy, rows, self.temperature)
+        return self.score_rows(rows, self.temperature)
 
     def reference_logprobs(self, rows: Sequence[Row]) -> list[list[float]]:
         """The same under the frozen reference: the first weights, or under LoRA the base without adapter.
@@ -218,17 +217,25 @@ class Learner:
 
     def score(self, sequences: Sequence[Sequence[int]], temperature: float = 1.0) -> list[list[float]]:
         """Log-probs of `tokens[1:]` given what precedes, as `Engine.score`; for the probe after a publish."""
-        rows = [_score_row(index, tokens) for index, tokens in enumerate(sequences)]
+        return self.score_rows([_score_row(i, tokens) for i, tokens in enumerate(sequences)], temperature)
+
+    def score_rows(self, rows: Sequence[Row], temperature: float) -> list[list[float]]:
+        """Log-probs of every response token under the current weights, at any temperature."""
         return self._score_rows(self.policy, rows, temperature)
 
     @torch.no_grad()
     def _score_rows(self, policy: Policy, rows: Sequence[Row], temperature: float) -> list[list[float]]:
         scores: list[list[float]] = [[] for _ in rows]
-        for batch in pack(rows, self.config.token_budget, policy.shares_prompts):
+        batches = pack(rows, self.config.token_budget, policy.shares_prompts)
+        rounds = self.ranks.most(len(batches))
+        for batch in batches:
             logprobs = policy(batch.to(self.device), temperature).logprobs.cpu()
             lengths = torch.bincount(batch.row_ids, minlength=batch.rows).tolist()
             for index, values in zip(batch.row_indices, logprobs.split(lengths)):
                 scores[index] = values.tolist()
+        for _ in range(rounds - len(batches)):
+            policy(_idle_batch().to(self.device))
+        self.ranks.rest(policy)
         return scores
 
     def weights(self, dtype: torch.dtype | None = None) -> WeightStream:
@@ -241,45 +248,63 @@ class Learner:
 
     def _named_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         model = self.policy.model
+        whole = self.ranks.whole
         if self._lora is not None:
-            plain = self._lora.merged(dtype, self._adapter_masters())
+            plain = self._lora.merged(dtype, self._adapter_masters(), whole)
         else:
-            plain = ((name, parameter.detach().to(dtype)) for name, parameter in model.named_parameters())
+            plain = ((name, whole(p.detach().to(dtype))) for name, p in model.named_parameters())
         yield from hub_names(model, plain)
 
+    def adapter_weights(self) -> dict[str, Tensor]:
+        """The adapter's weights in float32, under the model's parameter names."""
+        return self._adapter_masters()
+
     def _adapter_masters(self) -> dict[str, Tensor]:
-        return {name.removeprefix("model."): tensor for name, tensor in self.master.state_dict().items()}
+        masters = self.master.state_dict().items()
+        return {name.removeprefix("model."): self.ranks.whole(tensor) for name, tensor in masters}
 
     def merge_gap(self, dtype: torch.dtype | None = None) -> float:
         """Share of the adapter's update that rounding loses when published; 0 in full fine-tuning."""
         if self._lora is None:
             return 0.0
-        return self._lora.merge_gap(dtype or self.dtype, self._adapter_masters())
+        return self._lora.merge_gap(dtype or self.dtype, self._adapter_masters(), self.ranks.whole)
 
     def save(self, folder: Path, tokenizer: Any) -> None:
         """Write a Hugging Face folder with merged weights; under LoRA also `folder/adapter`, in float32."""
         save_model(self.policy.model, self.weights(), folder)
         tokenizer.save_pretrained(folder)
         if self._lora is not None:
-            self._lora.save(folder / "adapter", self._adapter_masters())
+            self._lora.save(folder / "adapter", self.adapter_weights())
+
+    def close(self) -> None:
+        """Let go of other ranks; one process has none."""
 
     def state_dict(self) -> dict[str, Any]:
         """Trained weights in float32, optimizer, counters: what a resumed learner needs beside its model."""
-        return {
+        state = {
             "weights": self.master.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "rollout_step": self.rollout_step,
             "optimizer_steps": self.optimizer_steps,
             "skipped": self._skipped.state_dict(),
         }
+        return self.ranks.collect(state, self._like())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict()` of a learner with the same config and model."""
+        """Go on from `state_dict()` of a learner with the same config and model, of any number of ranks."""
+        state = self.ranks.spread(state, self._like())
         self.master.load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.rollout_step = state["rollout_step"]
         self.optimizer_steps = state["optimizer_steps"]
         self._skipped.load_state_dict(state.get("skipped", {}))  # older checkpoints have none
+
+    def _like(self) -> Like:
+        """The module's parameters by where in `state_dict()` they, or what has their shape, lie."""
+        working = dict(zip(map(id, self.master.parameters), self.master.working))
+        moments = {path: working[id(parameter)] for path, parameter in self.optimizer.places().items()}
+        weights = {("weights", name): p for name, p in zip(self.master.names, self.master.working)}
+        return {**weights, **{("optimizer", *path): parameter for path, parameter in moments.items()}}
 
     @contextmanager
     def _profile(self) -> Iterator[None]:
@@ -294,7 +319,7 @@ class Learner:
         profiler.export_chrome_trace(str(folder / f"update-{self.rollout_step:06d}.json"))
 
 
-def _device(wanted: Device) -> torch.device:
+def device_of(wanted: Device) -> torch.device:
     """Raises ValueError when CUDA is asked for and missing."""
     available = torch.cuda.is_available()
     if wanted is Device.cuda and not available:
@@ -333,20 +358,21 @@ def _loss_inputs(batch: TokenBatch, output: PolicyOutput) -> LossInputs:
     )
 
 
-def _batch_metrics(batches: Sequence[TokenBatch]) -> dict[str, float]:
-    tokens = sum(batch.tokens for batch in batches)
-    unshared = sum(batch.unshared_tokens for batch in batches)
-    return {
-        "learner/micro_batches": len(batches),
-        "learner/tokens": tokens,
-        "learner/prompt_saving": 1 - tokens / unshared if unshared else 0.0,
-    }
-
-
 def _first_odd(output: PolicyOutput) -> str:
     if not torch.isfinite(output.logprobs).all():
         return "the policy's log-probs are not finite"
     return "log-probs are finite, so advantages, old log-probs or the loss itself are not"
+
+
+def _vanish(output: PolicyOutput) -> None:
+    """A backward pass whose gradient is zero."""
+    (output.logprobs.sum() * 0.0).backward()
+
+
+def _idle_batch() -> TokenBatch:
+    """The smallest micro-batch there is, for a rank that has none left."""
+    (batch,) = pack([_score_row(0, [0, 0])], token_budget=1, share_prompts=True)
+    return batch
 
 
 def _score_row(index: int, tokens: Sequence[int]) -> Row:

@@ -9,7 +9,7 @@ predict several tokens (the end of a shared prompt) go through the head once.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,22 @@ from torch import Tensor
 _SLICE_ELEMENTS = 2 << 20
 """Logits alive at once; 8 MiB in float32."""
 _SMALLEST_SLICE = 512
+
+
+class VocabularyRanks(Protocol):
+    """Ranks that hold the same hidden states and head, of which each computes a range of the vocabulary."""
+
+    def range(self, vocabulary: int) -> tuple[int, int]:
+        """First and one past the last token of this rank; empty when they are equal."""
+        ...
+
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest of each value over all ranks."""
+        ...
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of each value over all ranks."""
+        ...
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
@@ -27,6 +43,8 @@ class HeadOptions:
     """Factor on raw logits: the model's own logit scale over the sampling temperature."""
     entropy_gradient: bool
     """Whether backward goes through the entropy; costs three more passes over the logits."""
+    ranks: VocabularyRanks | None = None
+    """With whom the vocabulary is shared; None computes all of it here."""
 
 
 def head_logprobs(
@@ -76,6 +94,15 @@ class _RunningSoftmax:
         self._total = decay * self._total + exponentials.sum(1)
         self._peak = peak
 
+    def join(self, ranks: VocabularyRanks) -> None:
+        """Take in what other ranks saw of the vocabulary."""
+        peak = ranks.largest(self._peak)
+        drop = torch.where(self._total > 0, self._peak - peak, 0)
+        decay = drop.exp()
+        self._moment = ranks.total(decay * (self._moment + drop * self._total))
+        self._total = ranks.total(decay * self._total)
+        self._peak = peak
+
     def result(self) -> tuple[Tensor, Tensor]:
         """`[U]` log-normaliser and `[U]` entropy."""
         log_total = self._total.log()
@@ -97,11 +124,14 @@ class _HeadLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         statistics = _RunningSoftmax(hidden.shape[0], hidden.device)
         chosen = torch.zeros(targets.shape, device=hidden.device)
-        for start, stop in _slices(hidden, weight):
+        for start, stop in _slices(hidden, weight, options.ranks):
             logits = _logits(hidden, weight, bias, start, stop, options.scale)
             picked = logits[positions, (targets - start).clamp(0, stop - start - 1)]
             chosen = torch.where((targets >= start) & (targets < stop), picked, chosen)
             statistics.add(logits)
+        if options.ranks is not None:
+            chosen = options.ranks.total(chosen)
+            statistics.join(options.ranks)
         log_normaliser, entropy = statistics.result()
         ctx.save_for_backward(hidden, weight, bias, positions, targets, log_normaliser, entropy)
         ctx.options = options
@@ -113,9 +143,9 @@ class _HeadLogprobs(torch.autograd.Function):
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         row_grad = torch.zeros_like(entropy).index_add_(0, positions, logprob_grad)[:, None]
         hidden_grad = torch.zeros_like(hidden, dtype=torch.float32) if wants_hidden else None
-        weight_grad = torch.empty_like(weight) if wants_weight else None
+        weight_grad = torch.zeros_like(weight) if wants_weight else None
         bias_grad = torch.empty_like(bias) if wants_bias else None
-        for start, stop in _slices(hidden, weight):
+        for start, stop in _slices(hidden, weight, ctx.options.ranks):
             logits = _logits(hidden, weight, bias, start, stop, ctx.options.scale)
             logits -= log_normaliser[:, None]
             slope = logits.exp()
@@ -134,15 +164,20 @@ class _HeadLogprobs(torch.autograd.Function):
                 torch.mm(narrow.T, hidden, out=weight_grad[start:stop])
             if bias_grad is not None:
                 bias_grad[start:stop] = slope.sum(0)
+        if ctx.options.ranks is not None:
+            hidden_grad, weight_grad, bias_grad = (
+                None if grad is None else ctx.options.ranks.total(grad)
+                for grad in (hidden_grad, weight_grad, bias_grad)
+            )
         narrow_hidden_grad = None if hidden_grad is None else hidden_grad.to(hidden.dtype)
         return narrow_hidden_grad, weight_grad, bias_grad, None, None, None
 
 
-def _slices(hidden: Tensor, weight: Tensor) -> list[tuple[int, int]]:
-    """Ranges of the vocabulary, so that one slice of logits stays small."""
-    vocabulary = weight.shape[0]
+def _slices(hidden: Tensor, weight: Tensor, ranks: VocabularyRanks | None) -> list[tuple[int, int]]:
+    """Ranges of this rank's part of the vocabulary, so that one slice of logits stays small."""
+    first, last = ranks.range(weight.shape[0]) if ranks is not None else (0, weight.shape[0])
     width = max(_SMALLEST_SLICE, _SLICE_ELEMENTS // max(1, hidden.shape[0]))
-    return [(start, min(start + width, vocabulary)) for start in range(0, vocabulary, width)]
+    return [(start, min(start + width, last)) for start in range(first, last, width)]
 
 
 def _logits(

@@ -8,7 +8,7 @@ up in float32, so the sum over micro-batches loses nothing, and freed at once. I
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,17 +22,18 @@ class MasterWeights:
         """Cast `module` to `dtype` in place (buffers stay) and keep float32 copies of what is trained."""
         trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in trained]
-        self._working = [parameter for _, parameter in trained]
+        self.working = [parameter for _, parameter in trained]
+        """The module's own parameters that are trained, in the order of `names`."""
         self._narrow = dtype != torch.float32
         if self._narrow:
-            self.parameters = [nn.Parameter(p.detach().float()) for p in self._working]
+            self.parameters = [nn.Parameter(p.detach().float()) for p in self.working]
         else:
-            self.parameters = self._working
+            self.parameters = self.working
         for parameter in module.parameters():
-            if parameter.is_floating_point():
+            if parameter.is_floating_point() and parameter.dtype != dtype:
                 parameter.data = parameter.data.to(dtype)
         if self._narrow:
-            for working, master in zip(self._working, self.parameters):
+            for working, master in zip(self.working, self.parameters):
                 _sum_in_float32(working, master)
 
     @property
@@ -45,6 +46,14 @@ class MasterWeights:
         """The float32 gradients there are."""
         return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
 
+    def norm(self) -> Tensor:
+        """The 2-norm of all gradients together, a scalar."""
+        return global_norm(self.gradients)
+
+    def odd(self) -> list[str]:
+        """Names of gradients that are not finite."""
+        return [n for n, p in self.named if p.grad is not None and not torch.isfinite(p.grad).all()]
+
     def zero_grad(self) -> None:
         """Forget the gradients; their memory goes back."""
         for parameter in self.parameters:
@@ -54,14 +63,14 @@ class MasterWeights:
     def install(self) -> None:
         """Round the stepped weights into the module."""
         if self._narrow:
-            torch._foreach_copy_(list[Tensor](self._working), list[Tensor](self.parameters))
+            torch._foreach_copy_(list[Tensor](self.working), list[Tensor](self.parameters))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Float32 weights by name."""
         return {name: parameter.detach() for name, parameter in self.named}
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take weights from `state_dict()` and install them.
 
         Raises:

@@ -39,6 +39,14 @@ class OptimizerSet:
         """Moments, counters and options of every optimizer."""
         return {str(index): optimizer.state_dict() for index, optimizer in enumerate(self.optimizers)}
 
+    def places(self) -> dict[tuple[str, str, int], nn.Parameter]:
+        """Each parameter by where the states of its shape lie in `state_dict()`."""
+        return {
+            (str(index), "state", number): parameter
+            for index, optimizer in enumerate(self.optimizers)
+            for number, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"])
+        }
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`."""
         for index, optimizer in enumerate(self.optimizers):

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from trainer.attention import ATTENTION_NAME, AttentionLayout, supports_sharing
 from trainer.batch import Row, TokenBatch
 from trainer.lean_layers import use_lean_layers
-from trainer.logprobs import HeadOptions, head_logprobs
+from trainer.logprobs import HeadOptions, VocabularyRanks, head_logprobs
 from trainer.packing import pack
 
 logger = logging.getLogger(__name__)
@@ -52,14 +52,17 @@ class Policy(nn.Module):
         self.logit_scale = _logit_scale(model)
         self.shares_prompts = False
         self.why_not_shared = "learner.share_prompts is false"
-        self._packs = False
+        self.vocabulary_ranks: VocabularyRanks | None = None
+        """With whom the head's work is shared, see `trainer.parallel.tensor`."""
+        self.packs = False
+        """Whether attention runs on packed lines (`trainer.attention`)."""
         _silence_dropout(model)
         own_attention = model.config._attn_implementation
         use_lean_layers(model)
         expected = self._check_head()
-        self._packs, reason = self._try_packing(expected)
-        self.shares_prompts = self._packs and share_prompts
-        if not self._packs:
+        self.packs, reason = self._try_packing(expected)
+        self.shares_prompts = self.packs and share_prompts
+        if not self.packs:
             model.set_attn_implementation(own_attention)
             self.why_not_shared = reason
             if share_prompts:
@@ -75,7 +78,7 @@ class Policy(nn.Module):
             temperature: logits are divided by it, as the engine does when sampling.
             entropy_gradient: whether `entropy` carries a gradient.
         """
-        layout = AttentionLayout.build(batch.spans, batch.input_ids.device) if self._packs else None
+        layout = AttentionLayout.build(batch.spans, batch.input_ids.device) if self.packs else None
         return self._run(batch, layout, temperature, entropy_gradient)
 
     def _run(
@@ -85,7 +88,11 @@ class Policy(nn.Module):
         predictors, positions = batch.predictors.unique(return_inverse=True)
         hidden = self._hidden(batch, layout, predictors)
         head = self.model.get_output_embeddings()
-        options = HeadOptions(scale=self.logit_scale / temperature, entropy_gradient=entropy_gradient)
+        options = HeadOptions(
+            scale=self.logit_scale / temperature,
+            entropy_gradient=entropy_gradient,
+            ranks=self.vocabulary_ranks,
+        )
         logprobs, entropy = head_logprobs(hidden, head.weight, head.bias, positions, batch.targets, options)
         return PolicyOutput(logprobs=logprobs, entropy=entropy)
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rlhf.algorithms.config import DynamicSamplingConfig, Surplus, WhenExhausted
@@ -138,23 +138,33 @@ class Selector:
         shortage = self._shortage(step, len(kept))
         return Selection(
             groups=kept,
-            carried=list(self._carried),
+            carried=[replace(group) for group in self._carried],  # their verdicts change in later steps
             dropped=step.dropped,
             counts=self._counts(step, len(kept)),
             shortage=shortage,
             stop=shortage is not None and self.config.when_exhausted is WhenExhausted.stop,
         )
 
+    def copy(self) -> Selector:
+        """One that carries the same groups; steps of either leave the other. Raises ValueError in a step."""
+        self._refuse_open_step("copy")
+        other = Selector(self.config, self.wanted)
+        other._carried = [replace(group) for group in self._carried]
+        return other
+
     def state_dict(self) -> dict[str, Any]:
         """The carried groups as plain data. Raises ValueError inside a step, whose rounds it cannot hold."""
-        if self._step is not None:
-            raise ValueError("a step is open: save the selector between finish() and start().")
+        self._refuse_open_step("save")
         return {"carried": [asdict(group) for group in self._carried]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave, also after a round trip through JSON."""
         self._step = None
         self._carried = [_group(plain) for plain in state["carried"]]
+
+    def _refuse_open_step(self, doing: str) -> None:
+        if self._step is not None:
+            raise ValueError(f"a step is open: {doing} the selector between finish() and start().")
 
     def _current(self) -> _Step:
         if self._step is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import random
 from collections.abc import Mapping
@@ -83,6 +84,13 @@ class Cursor:
         while len(picks) < count and (sources := self._open()):
             picks.append(self._take(self._next_source(sources)))
         return picks
+
+    def copy(self) -> Cursor:
+        """One that stands at the same place; drawing from either leaves the other."""
+        other = copy.copy(self)
+        other._drawn, other._credit = dict(self._drawn), dict(self._credit)
+        other._orders = dict(self._orders)
+        return other
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a later `load_state_dict` needs, as plain values."""

@@ -109,6 +109,7 @@ class Scorer:
         ]
         self._pool: WorkerPool | None = None
         self._lock = threading.Lock()
+        self._turn = threading.Lock()
         self._warned: set[str] = set()
 
     def check_sources(self, names: Collection[str]) -> None:
@@ -150,9 +151,14 @@ class Scorer:
         """Fill `rewards`, `reward`, `accuracy`, `extracted` and `grade_status` of every trajectory.
 
         `reward` is the weighted sum of the parts. In the workers (`math_verify`, `format`, `sandbox: true`)
-        a grader that hangs or crashes scores a failure, is counted and leaves the other answers alone. Raises
-        `UserError` for an ungraded source or a function that does not keep its contract.
+        a grader that hangs or crashes scores a failure, is counted and leaves the other answers alone. One
+        call at a time, from any thread; a second one waits. Raises `UserError` for an ungraded source or a
+        function that does not keep its contract.
         """
+        with self._turn:
+            return self._score(groups)
+
+    def _score(self, groups: Sequence[Group]) -> ScoreReport:
         samples = [
             Sample(group.prompt, trajectory, _view(trajectory))
             for group in groups

@@ -28,7 +28,7 @@ class Gap:
 
 
 def probe_sequences(
-    prompts: Sequence[Sequence[int]], vocabulary: int, *, count: int = 2, length: int = LENGTH, seed: int = 0
+    prompts: Sequence[Sequence[int]], vocabulary: int, *, count: int = 1, length: int = LENGTH, seed: int = 0
 ) -> list[list[int]]:
     """The first `count` prompts, cut to `length` tokens, and `count` sequences of `length` random tokens.
 

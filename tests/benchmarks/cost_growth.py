@@ -271,6 +271,7 @@ def generation_points(points: Sequence[Point], threads: int) -> list[Json]:
     """Seconds of each point; points of one model share an engine."""
     import torch
 
+    from rlhf.tiny_models import build_tiny
     from rollout.child_engine import ChildEngine
     from rollout.vllm_engine import EngineSpec
 
@@ -281,8 +282,14 @@ def generation_points(points: Sequence[Point], threads: int) -> list[Json]:
             model = random_model(shape)
             parameters = sum(p.numel() for p in model.parameters())
             model.to(torch.bfloat16).save_pretrained(folder)
-            longest = max(point.prompt + point.response for point in mine)
-            engine = ChildEngine(EngineSpec(model=folder, max_model_len=longest, threads=threads, eager=True))
+            spec = EngineSpec(
+                model=folder,
+                tokenizer=str(build_tiny("llama", Path(folder) / "tokenizer")),  # vLLM wants one to load
+                max_model_len=max(point.prompt + point.response for point in mine),
+                threads=threads,
+                eager=True,
+            )
+            engine = ChildEngine(spec)
             try:
                 engine.wait()
                 _generate(engine, replace(mine[0], response=8))

@@ -5,21 +5,20 @@ from __future__ import annotations
 import math
 import os
 import subprocess
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import psutil
 
+from rlhf.background import Lookout
 from rlhf.memory import pss, rss, tree
 
 # ---------------------------------------------------------------- process trees
 
 
-class PeakMemory:
+class PeakMemory(Lookout):
     """The highest summed PSS of a process and its descendants, looked at by a thread of this process.
 
     A look adds up RSS. PSS itself costs 10 ms a GiB, which at every look would take a core from what is
@@ -32,44 +31,27 @@ class PeakMemory:
 
     def __init__(self, process: int, rate: float = 20.0) -> None:
         """Prepare. `process`: id of the tree's root; `rate`: looks a second."""
+        super().__init__("peak-memory", self._look, self._until_next)
         self.peak = 0
         """Bytes."""
         self.looks = 0
         self.longest_gap = 0.0
         """Seconds between the two looks that lay furthest apart."""
-        self._process = process
+        self._root = psutil.Process(process)
         self._shared = 0
         self._read = -math.inf
         self._interval = 1 / rate
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="peak-memory", daemon=True)
+        self._last = time.perf_counter()
 
-    def __enter__(self) -> PeakMemory:
-        """Start looking."""
-        self._thread.start()
-        return self
+    def _until_next(self) -> float:
+        """Seconds to the next look, less what the last one took."""
+        return max(0.0, self._last + self._interval - time.perf_counter())
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Stop looking and wait for the thread."""
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
+    def _look(self) -> None:
+        now = time.perf_counter()
+        self.longest_gap, self._last = max(self.longest_gap, now - self._last), now
         try:
-            root = psutil.Process(self._process)
-        except psutil.NoSuchProcess:
-            return
-        last = time.perf_counter()
-        while not self._stop.wait(max(0.0, last + self._interval - time.perf_counter())):
-            now = time.perf_counter()
-            self.longest_gap, last = max(self.longest_gap, now - last), now
-            self._look(root)
-
-    def _look(self, root: psutil.Process) -> None:
-        try:
-            processes = tree(root)
+            processes = tree(self._root)
         except psutil.NoSuchProcess:
             return
         self.looks += 1

@@ -147,6 +147,13 @@ def test_interpolation_at_equal_tokens() -> None:
             result().accuracy_at(outside)
 
 
+def test_the_mean_over_a_stretch_of_tokens() -> None:
+    """From 0.225 at 500 over 0.3 at 800 to 0.4 at 1 000."""
+    area = 300 * (0.225 + 0.3) / 2 + 200 * (0.3 + 0.4) / 2
+    assert result().accuracy_over(500, 1000) == pytest.approx(area / 500)
+    assert result().accuracy_over(0, 800) == pytest.approx(0.2)
+
+
 def configured(aggregation: Aggregation) -> Config:
     config = Config(algorithm=AlgorithmConfig(aggregation=aggregation))
     config.loop = LoopConfig(prompts=2, group_size=2, mini_batch=1)
@@ -195,7 +202,7 @@ def test_the_row_of_an_arm() -> None:
         "35.0 (35.0 to 35.0)",
         "28.7 to 41.8",
         "-10.0 (-15.0 to -5.0)",
-        "22.5 (22.5 to 22.5)",
+        "28.7 (28.7 to 28.7)",
         "24",
         "0.400",
         "20.0",

@@ -10,6 +10,7 @@ import pytest
 from rlhf.cli import main
 
 DAPO = "dapo/tiny"
+AHEAD = ["loop.staleness=2", "rollout.process=child"]
 
 CASES = [
     # unknown keys, with the nearest valid one
@@ -130,7 +131,35 @@ CASES = [
         ["rollout.engines=2"],
         "rollout.engines=2 with rollout.process=inprocess: one process holds one engine; use rollout.process=child.",
     ),
-    (["loop.staleness=1"], "loop.staleness=1 is not available: set loop.staleness=0 (synchronous)."),
+    (
+        ["loop.inflight_updates=true"],
+        "loop.inflight_updates=true needs generation beside learning and loop.staleness=0 has none: set loop.staleness=1 or more.",
+    ),
+    (["loop.staleness=-1"], "loop.staleness=-1 must be at least 0: raise it."),
+    (
+        ["loop.staleness=1"],
+        "rollout.process=inprocess cannot generate while the learner works, as loop.staleness=1 asks: set rollout.process=child.",
+    ),
+    (
+        [*AHEAD, "algorithm.old_logprobs=current", "loop.mini_batch=0"],
+        "algorithm.old_logprobs=current is for fresh groups only, and loop.staleness=2 trains on older ones: set old_logprobs=recompute.",
+    ),
+    (
+        [*AHEAD, "algorithm.correction.level='off'"],
+        "loop.staleness=2 trains on groups of older weights, and with algorithm.correction.level=off nothing accounts for it: set correction.level=token, or old_logprobs=rollout.",
+    ),
+    (
+        [*AHEAD, "algorithm.kl.coefficient=0.1", "algorithm.kl.place=reward"],
+        "algorithm.kl.place=reward asks the learner for log-probs while groups are scored, and with loop.staleness=2 it is learning then: set algorithm.kl.place=loss.",
+    ),
+    (
+        [
+            *AHEAD,
+            "algorithm.dynamic_sampling.surplus=carry",
+            "algorithm.dynamic_sampling.max_age=2",
+        ],
+        "algorithm.dynamic_sampling.max_age=2 would drop every carried group that was generated ahead as far as loop.staleness=2 allows: set max_age=3 or more, or surplus=drop.",
+    ),
     (["resume=yes"], "resume=yes is not known: set never, auto, or a checkpoint's step (resume=40)."),
     (
         ["resume=4"],

@@ -69,3 +69,19 @@ def test_dimensions_that_are_nested_are_unknown(tmp_path: Path) -> None:
     assert plan.unknown == (
         f"{folder}/config.json has no 'num_attention_heads', so the dimensions are unknown: no estimate."
     )
+
+
+def test_each_rank_of_a_learner_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone, wanted = (
+        plan_memory(load("dapo/arithmetic", [f"learner.parallel.shard={shard}"])) for shard in (0, 4)
+    )
+    assert (alone.ranks, wanted.ranks) == (1, 4)
+    assert wanted.total == 4 * wanted.learner.total + wanted.engine.total
+    assert wanted.learner.parts["slices of weights (fp32)"] == alone.learner.parts["weights"] / 2
+    copies = plan_memory(
+        load("dapo/arithmetic", ["learner.parallel.shard=2", "learner.parallel.replicate=2"])
+    )
+    assert copies.ranks == 4
+    assert copies.learner.parts["slices of weights (fp32)"] == alone.learner.parts["weights"]
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert plan_memory(load("dapo/arithmetic")) == wanted

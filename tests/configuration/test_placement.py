@@ -36,3 +36,9 @@ def test_engines_that_would_collide_are_refused(gpus: int, engines: int, tensor_
         f"{engines * tensor_parallel} GPUs beside the learner, of {gpus} that this process sees: lower them, "
         f"or show it more (CUDA_VISIBLE_DEVICES)."
     )
+
+
+def test_a_learner_of_several_ranks_takes_as_many_gpus() -> None:
+    assert place(8, engines=2, tensor_parallel=2, ranks=4).engines == ((4, 5), (6, 7))
+    with pytest.raises(UserError, match="of 2 that this process sees"):
+        place(2, engines=1, tensor_parallel=1, ranks=2)

@@ -11,7 +11,8 @@ import pytest
 from rlhf.cli import main
 from rlhf.compose import load
 from rlhf.errors import UserError
-from rlhf.preflight import check_length, claim_run_folder, run_folder
+from rlhf.preflight import check_length, check_ranks, claim_run_folder, run_folder
+from trainer.parallel.world import World
 
 DAPO = "dapo/tiny"
 
@@ -131,3 +132,51 @@ def test_dry_run_measures_a_model_that_lies_here(
     assert main(["train", DAPO, "--dry-run", f"model.path={tiny_llama}", *long]) == 2
     assert "max_position_embeddings=1024" in capsys.readouterr().err
     assert main(["train", DAPO, "--dry-run", f"model.path={tiny_llama}"]) == 0
+
+
+# ---------------------------------------------------------------- ranks
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["rollout.process=inprocess"], "rollout.process=inprocess would put vLLM among the 4 ranks"),
+        (
+            ["rollout.process=child", "learner.optimizer.name=muon"],
+            "learner.optimizer.name=muon looks at whole matrices, which learner.parallel.shard=4 and "
+            "tensor=1 cut in slices: choose another, or set both to 1 and learner.parallel.replicate=4.",
+        ),
+        (
+            ["rollout.process=child", "learner.parallel.tensor=2", "learner.lora.rank=4"],
+            "learner.parallel.tensor=2 does not split adapters: set learner.parallel.tensor=1.",
+        ),
+        (
+            ["rollout.process=child", "learner.parallel.shard=3"],
+            "learner.parallel.replicate=1 x learner.parallel.shard=3 = 3 ranks, but there are 4: start 3 ",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_ranks_is_refused(overrides: list[str], said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_ranks(load(DAPO, overrides), World(rank=0, size=4))
+    assert str(caught.value).startswith(said)
+
+
+def test_what_fits_the_ranks() -> None:
+    check_ranks(load(DAPO), World())
+    check_ranks(load(DAPO, ["rollout.process=child"]), World(rank=3, size=4))
+    copies = ["learner.parallel.shard=1", "learner.parallel.replicate=4", "learner.optimizer.name=muon"]
+    check_ranks(load(DAPO, ["rollout.process=child", *copies]), World(rank=0, size=4))
+
+
+def test_a_dry_run_counts_the_ranks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", DAPO, "--dry-run", "learner.parallel.shard=2"]) == 2
+    assert "= 2 ranks, but there are 1: start 2" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", DAPO, "--dry-run", "rollout.process=child", "learner.parallel.shard=2"]) == 0
+    assert "can run" in capsys.readouterr().out
+    monkeypatch.setenv("RANK", "1")
+    assert main(["recipes"]) == 0
+    assert capsys.readouterr().out == "", "rank 0 prints it"

@@ -109,11 +109,11 @@ def test_an_engine_that_hangs_is_named_and_one_that_is_killed_stops_the_run(
     """In step 2 the engine is stopped while it generates; once the watchdog has said so, it is killed."""
     receive = ChildEngine._receive
 
-    def hung(self: ChildEngine, number: int) -> Any:
-        if self._doing == "generating" and self.weight_version == 2:
+    def hung(self: ChildEngine, number: int, doing: str) -> Any:
+        if doing == "generating" and self.weight_version == 2:
             os.kill(self.pid, signal.SIGSTOP)
             threading.Thread(target=kill_when_said, args=(self.pid,)).start()
-        return receive(self, number)
+        return receive(self, number, doing)
 
     def kill_when_said(pid: int) -> None:
         limit = time.monotonic() + 60

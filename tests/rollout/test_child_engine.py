@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from rollout.child_engine import ChildEngine, _environment, kernel_kills, sender
+from rollout.child_engine import Answers, ChildEngine, _environment, kernel_kills, sender
 from rollout.engine import Request, Sampling
 from rollout.engine_server import portable
 from rollout.errors import EngineDied, EngineError, EngineOutOfMemory
@@ -96,8 +96,7 @@ def test_errors_cross_the_pipe_with_their_type(child: ChildEngine) -> None:
 
 def test_an_interrupted_call_does_not_confuse_the_next(child: ChildEngine) -> None:
     """The answer to a call that Ctrl-C gave up arrives later and is passed over."""
-    child._number += 1
-    child._connection.send((child._number, "score", ([[1, 2, 3, 4]], 1.0)))
+    child._connection.send((next(child._numbers), "score", ([[1, 2, 3, 4]], 1.0)))
     assert child.memory()["kv_cache"] > 0
 
 
@@ -113,11 +112,11 @@ def test_an_exception_that_pickle_cannot_rebuild_travels_as_text() -> None:
 
 def test_a_failure_inside_the_engine_is_one_sentence() -> None:
     engine: Any = ChildEngine.__new__(ChildEngine)
-    engine._process, engine.log_path, engine._doing = SimpleNamespace(pid=7), Path("e.log"), "generating"
+    engine._process, engine.log_path, engine._answers = SimpleNamespace(pid=7), Path("e.log"), Answers()
     for error in (RuntimeError("CUDA error: unspecified.\nCompile with"), "NotImplementedError: no"):
         engine._connection = SimpleNamespace(recv=lambda error=error: (0, False, (error, "its traceback")))
         with pytest.raises(EngineError) as caught:
-            engine._receive(0)
+            engine._receive(0, "generating")
         said = "RuntimeError: CUDA error: unspecified" if isinstance(error, RuntimeError) else error
         assert str(caught.value) == f"the engine failed while generating: {said} (its log is e.log)."
 

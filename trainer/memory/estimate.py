@@ -134,6 +134,44 @@ def learner_memory(
     return Estimate({name: size for name, size in parts.items() if size})
 
 
+def rank_memory(
+    shape: ModelShape,
+    *,
+    tokens: int,
+    shards: int,
+    split: int = 1,
+    compute_bytes: int = 2,
+    moments: int = 2,
+    trained_share: float = 1.0,
+    checkpointing: bool = False,
+    reference: bool = False,
+) -> Estimate:
+    """Peak of one rank of a learner of which `shards` x `split` ranks hold a copy.
+
+    Layers are split among `split` of them (`trainer.parallel.tensor`); other arguments as `learner_memory`.
+
+    Slices are float32 (`trainer.parallel.sharding`). Gathered at once are what lies outside the layers and
+    two layers, in compute precision, and their gradients on the way to the ranks, in float32 too.
+    """
+    outside = shape.parameters - shape.layers * shape.layer_parameters
+    layer = shape.layer_parameters / split
+    held = outside + shape.layers * layer
+    trained = held * trained_share
+    gathered = (outside + 2 * layer) * compute_bytes
+    leaving = (outside + layer) * trained_share * (compute_bytes + 4.0)
+    parts = {
+        "process": PROCESS_BYTES,
+        "slices of weights (fp32)": held * 4.0 / shards * (2.0 if reference else 1.0),
+        "gathered weights": gathered * (2.0 if reference else 1.0),
+        "slices of gradients (fp32)": trained * 4.0 / shards,
+        "gradients on their way": leaving,
+        "slices of optimizer states (fp32)": trained * 4.0 * moments / shards,
+        "activations": tokens * _activation_bytes(shape, compute_bytes, checkpointing) * ACTIVATION_FACTOR,
+        "kept by malloc": KEPT_BYTES,
+    }
+    return Estimate({name: size for name, size in parts.items() if size})
+
+
 def engine_memory(
     shape: ModelShape, *, kv_cache_bytes: float, weight_bytes: int = 2, repacked: bool = True
 ) -> Estimate:

@@ -32,7 +32,7 @@ BEGIN, END = "<!-- ablation: begin -->", "<!-- ablation: end -->"
 """Between these lines of the page stands what `splice` writes."""
 
 COLUMNS = (
-    "arm", "seeds", "accuracy", "Wilson 95 %", "minus DAPO", "at half", "optimizer steps",
+    "arm", "seeds", "accuracy", "Wilson 95 %", "minus DAPO", "second half", "optimizer steps",
     "entropy", "length", "switch", "paper",
 )  # fmt: skip
 LAST = 3
@@ -70,7 +70,7 @@ def cells(arm: Arm, results: Results) -> list[str]:
         _spread(scores),
         f"{100 * interval.low:.1f} to {100 * interval.high:.1f}",
         "" if arm.name == "dapo" else difference(runs, results.get("dapo", ())),
-        _spread([run.accuracy_at(run.budget / 2) for run in runs]),
+        _spread([run.accuracy_over(run.budget / 2, run.budget) for run in runs]),
         f"{mean([run.optimizer_steps for run in runs]):.0f}",
         f"{mean([_end(run, 'entropy') for run in runs]):.3f}",
         f"{mean([_end(run, 'length') for run in runs]):.1f}",

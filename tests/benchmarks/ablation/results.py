@@ -65,6 +65,14 @@ class Result:
         """Held-out accuracy after `tokens` generated tokens, between two evaluations by a straight line."""
         return interpolate(self.evaluated_at, self.accuracies, tokens)
 
+    def accuracy_over(self, start: float, end: float) -> float:
+        """Mean held-out accuracy from `start` to `end` generated tokens, along the same straight lines."""
+        inside = [tokens for tokens in self.evaluated_at if start < tokens < end]
+        at = [start, *inside, end]
+        values = [self.accuracy_at(tokens) for tokens in at]
+        areas = [(b - a) * (u + v) / 2 for a, b, u, v in zip(at, at[1:], values, values[1:])]
+        return sum(areas) / (end - start)
+
     def write(self, folder: Path) -> Path:
         """Write `<arm>-seed<n>.json`; it appears whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from trainer.memory.estimate import ModelShape, engine_memory, learner_memory
+from trainer.memory.estimate import ModelShape, engine_memory, learner_memory, rank_memory
 
 SMOLLM2 = ModelShape(
     hidden=576,
@@ -68,3 +68,17 @@ def test_engine_memory_counts_the_cache() -> None:
     parts = engine_memory(SMOLLM2, kv_cache_bytes=1e9).parts
     assert parts["kv cache"] == 1e9
     assert parts["weights"] == 2 * SMOLLM2.parameters
+
+
+def test_ranks_hold_slices_and_gather_a_part() -> None:
+    parts = rank_memory(SMOLLM2, tokens=1000, shards=4).parts
+    size = SMOLLM2.parameters
+    assert parts["slices of weights (fp32)"] == parts["slices of gradients (fp32)"] == size
+    assert parts["slices of optimizer states (fp32)"] == 2 * size
+    outside = 49152 * 576 + 576
+    assert parts["gathered weights"] == 2 * (outside + 2 * SMOLLM2.layer_parameters)
+    assert parts["gradients on their way"] == 6 * (outside + SMOLLM2.layer_parameters)
+    assert parts["activations"] == learner_memory(SMOLLM2, tokens=1000).parts["activations"]
+    split = rank_memory(SMOLLM2, tokens=1000, shards=2, split=2).parts
+    held = outside + 30 * SMOLLM2.layer_parameters / 2
+    assert split["slices of weights (fp32)"] == 2 * held
