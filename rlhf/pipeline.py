@@ -44,7 +44,8 @@ from rlhf.watchdog import Watchdog
 from rollout.config import EngineProcess
 from rollout.engine import Engine
 from rollout.errors import EngineError
-from rollout.pool import Draw, LocalPool, build_engines
+from rollout.host import EngineHost
+from rollout.pool import Draw, LocalPool, build_engines, open_host
 from rollout.recorder import Recorder
 from rollout.types import Prompt
 from rollout.weights.probe import probe_length, probe_sequences
@@ -182,8 +183,9 @@ def build(
             opened.callback(config_file(folder).unlink, missing_ok=True)
         else:
             initial_weights.agree(resolved.initial, folder)
-        learner, engines = _learner_and_engines(config, resolved, folder, placement)
-        pool = opened.enter_context(closing(LocalPool(engines, config.run.seed)))
+        host = opened.enter_context(closing(open_host(config.rollout, placement.engines)))
+        learner, engines = _learner_and_engines(config, resolved, folder, placement, host)
+        pool = opened.enter_context(closing(LocalPool(engines, config.run.seed, host)))
         probe = _probe(config, prompts, tokenizer)
         publisher = opened.enter_context(
             closing(_publisher(config, engines, probe, learner, placement, folder))
@@ -307,7 +309,7 @@ def _prompts(config: Config, splits: Splits, tokenizer: Any) -> tuple[dict[str, 
 
 
 def _learner_and_engines(
-    config: Config, resolved: ResolvedModel, folder: Path, placement: Placement
+    config: Config, resolved: ResolvedModel, folder: Path, placement: Placement, host: EngineHost
 ) -> tuple[Learner, list[Engine]]:
     """Load engines and learner at the same time; first the engine in this process, or on the learner's GPU.
 
@@ -318,7 +320,7 @@ def _learner_and_engines(
         config,
         str(resolved.folder),
         resolved,
-        placement,
+        host,
         transport=config.weights.resolve(on_gpu=placement.on_gpu, shares_gpu=placement.shared).value,
         log_folder=folder / "logs",
     )
@@ -338,9 +340,9 @@ def _learner_and_engines(
 
 
 def _engines(
-    config: Config, model: str, resolved: ResolvedModel, placement: Placement, **options: Any
+    config: Config, model: str, resolved: ResolvedModel, host: EngineHost, **options: Any
 ) -> list[Engine]:
-    """Engines of the model in folder `model`, with the tokenizer of `resolved`."""
+    """Engines of the model in folder `model`, with the tokenizer of `resolved`, on `host`."""
     try:
         return build_engines(
             config.rollout,
@@ -349,7 +351,7 @@ def _engines(
             length=config.longest_sequence,
             seed=config.run.seed,
             trust_remote_code=resolved.trust_remote_code,
-            gpus=placement.engines,
+            host=host,
             **options,
         )
     except EngineError:
@@ -444,8 +446,9 @@ def _evaluate(config: Config) -> Evaluation:
         if resolved.adapter is not None:
             model = opened.enter_context(tempfile.TemporaryDirectory(prefix="whetstone-merged-"))
             _merge(resolved, resolved.adapter, getattr(torch, config.rollout.dtype.value), Path(model))
-        engines = _engines(config, model, resolved, placement)
-        pool = opened.enter_context(closing(LocalPool(engines, config.run.seed)))
+        host = opened.enter_context(closing(open_host(config.rollout, placement.engines)))
+        engines = _engines(config, model, resolved, host)
+        pool = opened.enter_context(closing(LocalPool(engines, config.run.seed, host)))
         return evaluate(
             prompts[: config.evaluation.prompts or None],
             lambda asked, sampling: pool.generate(

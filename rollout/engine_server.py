@@ -19,7 +19,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from rollout.engine import Sampling
 from rollout.vllm_engine import EngineSpec, VllmEngine
+from rollout.wire import PackedCompletions, PackedRequests, pack_completions, unpack_requests
 from trainer.errors import described
 
 CALLS = frozenset(
@@ -84,6 +86,7 @@ def serve(connection: Connection) -> None:
         connection.send((READY, False, portable(error)))
         return
     gc.enable()
+    served = Served(engine)
     connection.send((READY, True, None))
     while True:
         try:
@@ -94,10 +97,24 @@ def serve(connection: Connection) -> None:
             engine.close()
             connection.send((number, True, None))
             return
-        connection.send((number, *answer(engine, name, arguments)))
+        connection.send((number, *answer(served, name, arguments)))
 
 
-def answer(engine: VllmEngine, name: str, arguments: tuple[Any, ...]) -> tuple[bool, Any]:
+class Served:
+    """A `VllmEngine` as calls reach it through the pipe: rounds come and go as arrays."""
+
+    def __init__(self, engine: VllmEngine) -> None:
+        self._engine = engine
+
+    def generate(self, requests: PackedRequests, sampling: Sampling) -> PackedCompletions:
+        """See `VllmEngine.generate`."""
+        return pack_completions(self._engine.generate(unpack_requests(requests), sampling))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+
+def answer(engine: Served, name: str, arguments: tuple[Any, ...]) -> tuple[bool, Any]:
     """Call one method; `(True, result)` or `(False, (exception, its traceback))`."""
     try:
         if name not in CALLS:

@@ -111,6 +111,9 @@ class VllmEngine:
         self._engine = self._llm.llm_engine
         self._engine.set_weight_version("0")
 
+    def wait(self) -> None:
+        """Nothing to wait for: the constructor has loaded the model."""
+
     @property
     def weight_version(self) -> int:
         """The version of the installed weights; 0 are those loaded from disk."""
