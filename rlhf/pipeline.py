@@ -188,7 +188,7 @@ def build(
         pool = opened.enter_context(closing(LocalPool(engines, config.run.seed, host)))
         probe = _probe(config, prompts, tokenizer)
         publisher = opened.enter_context(
-            closing(_publisher(config, engines, probe, learner, placement, folder))
+            closing(_publisher(config, engines, probe, learner, placement, host, folder))
         )
         sampling = config.rollout.sampling(models.end_token_ids(tokenizer, resolved.folder))
         _announce(resolved, splits, engines, sampling, learner)
@@ -249,6 +249,7 @@ def _publisher(
     probe: list[list[int]],
     learner: Learner,
     placement: Placement,
+    host: EngineHost,
     folder: Path,
 ) -> Publisher:
     """The channel to the engines. Under an adapter or `freeze`, which tensors stay is not known by name."""
@@ -260,6 +261,8 @@ def _publisher(
         folder=folder,
         on_gpu=placement.on_gpu,
         shares_gpu=placement.shared,
+        one_machine=host.one_machine,
+        address=host.address,
         frozen=None if config.learner.freeze or learner.has_adapter else (),
         learner_dtype=config.learner.dtype.value,
     )
@@ -321,7 +324,9 @@ def _learner_and_engines(
         str(resolved.folder),
         resolved,
         host,
-        transport=config.weights.resolve(on_gpu=placement.on_gpu, shares_gpu=placement.shared).value,
+        transport=config.weights.resolve(
+            on_gpu=placement.on_gpu, shares_gpu=placement.shared, one_machine=host.one_machine
+        ).value,
         log_folder=folder / "logs",
     )
     with ThreadPoolExecutor(1) as thread:

@@ -87,6 +87,10 @@ class RolloutConfig:
     ray: RayConfig = field(default_factory=RayConfig)
     process: EngineProcess = EngineProcess.child
     """`child`: an engine has a process of its own; `inprocess`: it shares the learner's."""
+    restarts: int = 0
+    """How often an engine may be started again whose process, actor or node is gone, over all engines of a
+    run. It gets the weights of now, proven anew, and its unfinished groups are generated again with the same
+    seeds. 0: a dead engine stops the run."""
     temperature: float = 1.0
     """Sampling temperature, above 0. The learner divides its logits by the same number."""
     top_p: float = 1.0
@@ -153,6 +157,11 @@ class RolloutConfig:
                 f"rollout.tensor_parallel={self.tensor_parallel} with rollout.process=inprocess: an engine "
                 "over several GPUs needs processes of its own; use rollout.process=child."
             )
+        if self.process is EngineProcess.inprocess and self.restarts > 0:
+            problems.append(
+                f"rollout.restarts={self.restarts} with rollout.process=inprocess: that engine ends with the "
+                "run; use rollout.process=child."
+            )
         if self.process is EngineProcess.inprocess and self.pool is PoolKind.ray:
             problems.append(
                 "rollout.pool=ray with rollout.process=inprocess: an engine on Ray has a process of its own; "
@@ -178,6 +187,7 @@ class RolloutConfig:
 
 _LEAST = {
     "engines": 1,
+    "restarts": 0,
     "top_k": 0,
     "max_new_tokens": 1,
     "max_model_len": 0,

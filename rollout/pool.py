@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from pathlib import Path
 from rollout.config import PoolKind, RolloutConfig
 from rollout.engine import Completion, Engine, OwnProcess, Request, Sampling
 from rollout.host import EngineHost, LocalHost
+from rollout.restarts import RestartingEngine, Restarts
 from rollout.types import FinishReason, Group, Prompt, Trajectory, sample_seed
 from rollout.vllm_engine import EngineSpec, thread_count, usable_cores
 
@@ -65,6 +67,13 @@ class LocalPool:
         """Where the threads of engines in processes of their own are; empty text from one that does not
         answer."""
         return {engine.label: engine.stacks() for engine in self.engines if isinstance(engine, OwnProcess)}
+
+    def metrics(self) -> dict[str, float]:
+        """Counts over the life of the pool, of what may happen to it."""
+        first = self.engines[0]
+        if not isinstance(first, RestartingEngine):
+            return {}
+        return {"rollout/engine_restarts": float(first.restarts.count)}
 
     def close(self) -> None:
         """Close every engine; safe to call twice."""
@@ -167,7 +176,9 @@ def build_engines(
         )
         for index in range(config.engines)
     ]
-    engines = [host.start(index, spec) for index, spec in enumerate(specs)]
+    starts = [functools.partial(host.start, index, spec) for index, spec in enumerate(specs)]
+    restarts = Restarts(config.restarts)
+    engines = [RestartingEngine(start, restarts) if config.restarts else start() for start in starts]
     try:
         for engine in engines:
             engine.wait()
