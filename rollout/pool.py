@@ -125,8 +125,8 @@ def open_host(config: RolloutConfig, gpus: Sequence[Sequence[int]] = ()) -> Engi
         if error.name != "ray":
             raise
         raise ValueError(
-            "rollout.pool=ray needs the package ray, which is not installed: pip install 'ray>=2.60', or use "
-            "rollout.pool=local."
+            "rollout.pool=ray needs the package ray, which is not installed: pip install 'ray==2.60.*', or "
+            "use rollout.pool=local."
         ) from None
     return RayHost(
         config.ray,

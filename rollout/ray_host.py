@@ -8,12 +8,16 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.authentication.authentication_token_setup import (
+    maybe_enable_token_auth_if_token_available,
+)
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -23,7 +27,7 @@ from rollout.child_engine import VISIBLE_GPUS, gpu_names
 from rollout.config import RayConfig
 from rollout.errors import EngineDied, EngineError
 from rollout.host import LOOPBACK
-from rollout.ray_engine import CONCURRENT, EngineActor, RayEngine, machine_identity
+from rollout.ray_engine import CONCURRENT, LOST, EngineActor, RayEngine, machine_identity
 from rollout.vllm_engine import EngineSpec
 from rollout.weights.config import Transport
 
@@ -129,23 +133,34 @@ class RayHost:
         return actor.remote()
 
     def _successor(self, index: int, spec: EngineSpec) -> Any:
-        """A new actor in the same place, which Ray may have moved to another node."""
-        actor = self._actor(index)
-        try:
-            machine = ray.get(actor.machine.remote(), timeout=self._config.wait_s)
-        except GetTimeoutError:
-            ray.kill(actor)
-            raise EngineDied(
-                f"no node of the Ray cluster had room for engine {index} again within "
-                f"rollout.ray.wait_s={self._config.wait_s:g}: add a node"
-            ) from None
+        """A new actor in the same place, which Ray may move to another node.
+
+        Until Ray has noticed that a node is gone, it gives the place on that node again: hence the loop.
+        """
+        limit = time.monotonic() + self._config.wait_s
+        while (left := limit - time.monotonic()) > 0:
+            actor = self._actor(index)
+            try:
+                machine = ray.get(actor.machine.remote(), timeout=left)
+            except GetTimeoutError:
+                ray.kill(actor)
+            except LOST:
+                continue
+            else:
+                self._refuse_stranger(index, spec, machine)
+                return actor
+        raise EngineDied(
+            f"no node of the Ray cluster had room for engine {index} again within "
+            f"rollout.ray.wait_s={self._config.wait_s:g}: add a node."
+        )
+
+    def _refuse_stranger(self, index: int, spec: EngineSpec, machine: str) -> None:
+        """Raise EngineError for an engine that came back where its transport does not reach."""
         if spec.transport == Transport.shm and machine != machine_identity():
-            ray.kill(actor)
             raise EngineError(
                 f"engine {index} came back on a node that cannot open the learner's memory: set "
                 "weights.transport=tcp."
             )
-        return actor
 
     def _nodes(self) -> list[str]:
         """Address of the node of each place."""
@@ -159,6 +174,7 @@ def _connect(config: RayConfig, *, cpus: int, gpus: Sequence[int]) -> bool:
     if ray.is_initialized():
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    logging.getLogger("ray").setLevel(logging.ERROR)
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     address = config.address or os.environ.get("RAY_ADDRESS", "")
     with _signals_kept():
@@ -189,11 +205,14 @@ def _join(address: str, quiet: dict[str, Any]) -> None:
     try:
         if colon and port.isdigit():  # Ray itself would try for half a minute
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        # `ray start --head` does the same: a cluster asks for a token where its head has one.
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
         ray.init(address=address, **quiet)
     except (OSError, RuntimeError) as error:  # Ray's ConnectionError is an OSError
         raise ValueError(
             f"rollout.ray.address={address}: no Ray cluster answers there ({str(error).partition('.')[0]}): "
-            "start one ('ray start --head'), or leave rollout.ray.address empty for one on this machine."
+            "start one ('ray start --head') and have its token here (~/.ray/auth_token), or leave "
+            "rollout.ray.address empty for one on this machine."
         ) from error
 
 

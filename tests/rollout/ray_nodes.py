@@ -32,6 +32,8 @@ class Cluster:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.address = f"127.0.0.1:{port}"
+        ray = Path(sys.executable).with_name("ray")
+        subprocess.run([ray, "get-auth-token", "--generate"], check=True, capture_output=True)
         self._folder = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
         self._start("head", "here", "--head", f"--port={port}", f"--temp-dir={self._folder.name}")
         _until(lambda: _answers(port))
@@ -62,7 +64,7 @@ class Cluster:
                 [ray, "start", *arguments, *options, "--block", "--disable-usage-stats"],
                 stdout=file,
                 stderr=file,
-                env={**os.environ, "RAY_memory_monitor_refresh_ms": "0"},
+                env={**os.environ, "RAY_AUTH_MODE": "token", "RAY_memory_monitor_refresh_ms": "0"},
             )
 
 

@@ -187,7 +187,8 @@ time.sleep(600)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
-def test_all_of_it_dies_with_a_killed_driver(tiny_llama: Path) -> None:
+def test_engines_and_ray_die_with_a_killed_driver(tiny_llama: Path) -> None:
+    """At once, but for two agents of Ray's, which try to reach its dead head for a minute."""
     driver = subprocess.Popen(
         [sys.executable, "-c", DRIVER, str(tiny_llama)], stdout=subprocess.PIPE, text=True
     )
@@ -195,11 +196,12 @@ def test_all_of_it_dies_with_a_killed_driver(tiny_llama: Path) -> None:
     engine = psutil.Process(int(driver.stdout.readline()))
     family = psutil.Process(driver.pid).children(recursive=True)
     assert engine in family
-    assert len(family) > 4
+    ours = [member for member in family if not member.name().startswith(("ray::Dashboard", "ray::Runtime"))]
+    assert len(family) - 2 == len(ours) > 4
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     driver.stdout.close()
-    assert all(gone(member) for member in family)
+    assert all(gone(member) for member in ours)
 
 
 def test_a_cluster_that_does_not_answer_is_named() -> None:

@@ -90,7 +90,7 @@ def test_engines_on_two_nodes_then_on_one(cluster: Cluster, tiny_llama: Path) ->
     local = Trained(config(), Transport.shm, tiny_llama, None)
     expected = local.groups()
     local.close()
-    where = RayConfig(address=cluster.address, strategy=RayStrategy.SPREAD, wait_s=30)
+    where = RayConfig(address=cluster.address, strategy=RayStrategy.SPREAD, wait_s=120)
     host = open_host(config(pool=PoolKind.ray, ray=where))
     try:
         assert host.one_machine, "two nodes, but one machine: shared memory would do"
