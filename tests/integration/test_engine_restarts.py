@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 import signal
-from collections.abc import Callable
+import threading
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from rlhf.cli import main
@@ -41,62 +43,114 @@ def without_restarts(found: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def kill_when(monkeypatch: pytest.MonkeyPatch, due: Callable[[ChildEngine, str], bool], late: bool) -> None:
-    """SIGKILL an engine's process at calls that are `due`, before they are sent or (`late`) after."""
-    method = "_receive" if late else "_call"
-    original = getattr(ChildEngine, method)
+class Killer:
+    """SIGKILLs an engine's process once at each of its moments: `(when, call, version in force)`.
 
-    def killing(self: ChildEngine, *arguments: Any) -> Any:
-        if due(self, self._doing if late else arguments[0]):
-            os.kill(self.pid, signal.SIGKILL)
-        return original(self, *arguments)
+    `when` is `before` the call is sent or `during` it; the call `load` is the loading of the model.
+    """
 
-    monkeypatch.setattr(ChildEngine, method, killing)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *moments: tuple[str, str, int]) -> None:
+        self.left = list(moments)
+        self._current = threading.local()
+        call, send, wait = ChildEngine._call, Connection.send, ChildEngine._wait_ready
+
+        def killing_call(engine: ChildEngine, name: str, *arguments: Any) -> Any:
+            self._current.engine = engine
+            self.strike(engine, "before", name)
+            return call(engine, name, *arguments)
+
+        def killing_send(connection: Connection, message: Any) -> None:
+            send(connection, message)
+            if isinstance(message, tuple) and message[1] != "close":
+                self.strike(self._current.engine, "during", message[1])
+
+        def killing_wait(engine: ChildEngine) -> None:
+            if not engine._ready:
+                self.strike(engine, "during", "load")
+            wait(engine)
+
+        monkeypatch.setattr(ChildEngine, "_call", killing_call)
+        monkeypatch.setattr(Connection, "send", killing_send)
+        monkeypatch.setattr(ChildEngine, "_wait_ready", killing_wait)
+
+    def strike(self, engine: Any, when: str, name: str) -> None:
+        """Kill, if this is one of the moments left."""
+        moment = (when, name, engine.weight_version)
+        if moment in self.left:
+            self.left.remove(moment)
+            self.kill(engine)
+
+    def kill(self, engine: Any) -> None:
+        """The process of the engine."""
+        os.kill(engine.pid, signal.SIGKILL)
 
 
-def test_killed_in_every_phase(
-    undisturbed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """While loading, generating, scoring the probe, installing, opening the channel and idle: once each."""
-    moments = {
-        ("loading its model", 0), ("opening the weight channel", 0), ("scoring", 1), ("generating", 2),
-        ("installing weights", 3), ("generating", 5),
-    }  # fmt: skip
-    idle = {("receive_weights", 5)}
-
-    def now(left: set[tuple[str, int]]) -> Callable[[ChildEngine, str], bool]:
-        def due(engine: ChildEngine, doing: str) -> bool:
-            moment = (doing, engine.weight_version)
-            if moment not in left:
-                return False
-            left.remove(moment)
-            return True
-
-        return due
-
-    kill_when(monkeypatch, now(moments), late=True)
-    kill_when(monkeypatch, now(idle), late=False)
-    folder = tmp_path / "run"
-    assert main([*CHILD, "rollout.restarts=7", f"run.dir={folder}"]) == 0
-    assert (moments, idle) == (set(), set())
-    counts = restarts(folder)
-    assert counts[-1] == 7
-    assert counts == sorted(counts)
-    ids = [
+def kept_ids(folder: Path) -> list[tuple[str, int]]:
+    """Group and sample of every response that was learned from."""
+    return [
         (group.id, made.sample_index)
         for step in recorder.steps(folder / "rollouts")
         for group in recorder.read(folder / "rollouts", step)
         for made in group.trajectories
         if group.verdict == "kept"
     ]
+
+
+def test_killed_in_every_phase(
+    undisturbed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Version 0 is loaded, 1 proves the channel, and so step 1 generates under 1."""
+    killer = Killer(
+        monkeypatch,
+        ("during", "load", 0),
+        ("during", "init_transfer", 0),
+        ("during", "score", 1),
+        ("during", "generate", 2),
+        ("before", "generate", 3),
+        ("during", "receive_weights", 3),
+        ("before", "receive_weights", 5),  # it died while the learner learned
+    )
+    folder = tmp_path / "run"
+    assert main([*CHILD, "rollout.restarts=7", f"run.dir={folder}"]) == 0
+    assert killer.left == []
+    counts = restarts(folder)
+    assert counts == sorted(counts)
+    assert counts[-1] == 7
+    ids = kept_ids(folder)
     assert len(ids) == len(set(ids)) == 6 * 4 * 8
+    assert without_restarts(outcome(folder)) == undisturbed
+
+
+def test_on_ray_a_killed_engine_and_a_killed_actor(
+    undisturbed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole run on Ray is the local one, bit for bit, with an engine and an actor killed on the way."""
+    pytest.importorskip("ray")
+    from rollout.ray_engine import RayEngine
+
+    moments = [("generating", 2, "engine"), ("installing weights", 3, "actor"), ("generating", 4, "actor")]
+    result = RayEngine._result
+
+    def killing_result(engine: RayEngine, answer: Any, doing: str) -> Any:
+        for moment in [one for one in moments if one[:2] == (doing, engine.weight_version)]:
+            moments.remove(moment)
+            process = psutil.Process(engine._pid)
+            (process if moment[2] == "engine" else process.parent() or process).kill()
+        return result(engine, answer, doing)
+
+    monkeypatch.setattr(RayEngine, "_result", killing_result)
+    folder = tmp_path / "run"
+    options = ["rollout.pool=ray", "rollout.threads=1", "rollout.restarts=3"]
+    assert main([*CHILD, *options, f"run.dir={folder}"]) == 0
+    assert moments == []
+    assert restarts(folder)[-1] == 3
     assert without_restarts(outcome(folder)) == undisturbed
 
 
 def test_beyond_the_limit_the_run_stops_with_the_last_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    kill_when(monkeypatch, lambda engine, doing: doing == "generating", late=True)
+    Killer(monkeypatch, *[("during", "generate", 1)] * 9)
     folder = tmp_path / "run"
     assert main([*CHILD, "rollout.restarts=1", "evaluation.every=0", f"run.dir={folder}"]) == 1
     said = capsys.readouterr().err

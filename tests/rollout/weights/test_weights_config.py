@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import subprocess
 import sys
 
@@ -77,6 +78,16 @@ def test_tolerances_go_by_format() -> None:
     assert limits == sorted(limits)
     assert WeightsConfig().limit("float32", "bfloat16") == WeightsConfig().limit("bfloat16") == 0.2
     assert WeightsConfig(tolerance=0.5).limit("float32", "bfloat16") == 0.5
+
+
+def test_engines_that_cannot_open_the_learners_memory_read_it_over_the_network() -> None:
+    assert WeightsConfig().resolve(one_machine=False) is Transport.tcp
+    assert WeightsConfig(transport=Transport.tcp).resolve() is Transport.tcp
+    sentence = "weights.transport=shm cannot serve engines on a CPU of another machine: use tcp or auto."
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        WeightsConfig(transport=Transport.shm).resolve(one_machine=False)
+    with pytest.raises(ValueError, match="tcp cannot serve engines on a GPU of their own: use nccl or auto"):
+        WeightsConfig(transport=Transport.tcp).resolve(on_gpu=True)
 
 
 @pytest.mark.parametrize("kind", [WeightTransferError, ProbeError])
