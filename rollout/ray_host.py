@@ -34,6 +34,10 @@ from rollout.weights.config import Transport
 OBJECT_STORE_BYTES = 100 << 20
 """Ray's shared memory on each node that we start. Rounds pass through it; weights never do."""
 
+LIKE_LOCAL = {"worker_niceness": 0, "memory_monitor_refresh_ms": 0}
+"""A Ray of our own treats engines as a local pool does: Ray would run them at nice 15, where any neighbour
+starves them, and kill them when memory runs low, which is left to the kernel."""
+
 TOUCH = 0.001
 """How much an engine takes of a custom resource that only says where to go."""
 
@@ -194,8 +198,7 @@ def _start(cpus: int, gpus: Sequence[int], quiet: dict[str, Any]) -> None:
             num_gpus=len(gpus),
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
-            # Ray would kill engines when memory runs low; a local pool leaves that to the kernel.
-            _system_config={"memory_monitor_refresh_ms": 0},
+            _system_config=LIKE_LOCAL,
             **quiet,
         )
 

@@ -16,6 +16,13 @@ import psutil
 
 STORE = "--object-store-memory=100000000"
 
+SETTINGS = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_worker_niceness": "0",
+    "RAY_memory_monitor_refresh_ms": "0",
+}
+"""As `docs/scaling-ray.md` advises, and a machine low on memory must not fail a test."""
+
 
 class Cluster:
     """`head` and `worker`, each with resources of its own; started on entry, gone without a trace on exit."""
@@ -64,7 +71,7 @@ class Cluster:
                 [ray, "start", *arguments, *options, "--block", "--disable-usage-stats"],
                 stdout=file,
                 stderr=file,
-                env={**os.environ, "RAY_AUTH_MODE": "token", "RAY_memory_monitor_refresh_ms": "0"},
+                env=os.environ | SETTINGS,
             )
 
 
