@@ -114,6 +114,9 @@ class VllmEngine:
         self._engine = self._llm.llm_engine
         self._engine.set_weight_version("0")
 
+    def wait(self) -> None:
+        """Nothing to wait for: the constructor has loaded the model."""
+
     @property
     def weight_version(self) -> int:
         """The version of the installed weights; 0 are those loaded from disk."""
@@ -343,16 +346,17 @@ def _build_llm(spec: EngineSpec) -> Any:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # whole GiB, and it would win over kv_cache_memory_bytes
-    from vllm import LLM
-    from vllm.platforms import current_platform
+    with _without_ray():
+        from vllm import LLM
+        from vllm.platforms import current_platform
 
-    if spec.transport:
-        from rollout.weights.plugin import register
+        if spec.transport:
+            from rollout.weights.plugin import register
 
-        register()
-    on_cpu = current_platform.is_cpu()
-    with _compiled_model_reloads(), _lock_of_one_process():
-        llm = LLM(**_llm_arguments(spec, on_cpu))
+            register()
+        on_cpu = current_platform.is_cpu()
+        with _compiled_model_reloads(), _lock_of_one_process():
+            llm = LLM(**_llm_arguments(spec, on_cpu))
     if on_cpu:
         from rollout.vllm_sampler import install
 
@@ -396,6 +400,23 @@ def _llm_arguments(spec: EngineSpec, on_cpu: bool) -> dict[str, Any]:
         "max_num_batched_tokens": max(CPU_STEP_TOKENS, length, spec.max_num_seqs),
         "kv_cache_memory_bytes": spec.kv_cache_bytes or kv_cache_bytes(spec),
     }
+
+
+@contextlib.contextmanager
+def _without_ray() -> Iterator[None]:
+    """Hide Ray from vLLM, which imports it wherever it is installed and would spread one engine with it.
+
+    Ours are spread by `rollout.ray_host`, which is outside of them; unused, Ray takes 11 MB of an engine.
+    """
+    modules: dict[str, Any] = sys.modules
+    hidden = "ray" not in modules
+    if hidden:
+        modules["ray"] = None  # importing it fails as if it were not installed
+    try:
+        yield
+    finally:
+        if hidden:
+            del modules["ray"]
 
 
 @contextlib.contextmanager
