@@ -33,8 +33,8 @@ from typing import Any
 import rollout
 from rollout.engine import Completion, Request, Sampling
 from rollout.engine_server import READY, SHARED_MEMORY, STACKS_SIGNAL, remove_openmp_file
+from rollout.engine_spec import EngineSpec, thread_count
 from rollout.errors import LOADING, EngineDied, EngineError
-from rollout.vllm_engine import EngineSpec, thread_count
 from rollout.wire import (
     PackedCompletions,
     PackedRequests,

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from rollout.engine import Sampling
-from rollout.vllm_engine import EngineSpec, VllmEngine
+from rollout.engine_spec import EngineSpec
+from rollout.vllm_engine import VllmEngine
 from rollout.wire import PackedCompletions, PackedRequests, pack_completions, unpack_requests
 from trainer.errors import described
 

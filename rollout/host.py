@@ -8,7 +8,8 @@ from typing import Protocol
 from rollout.child_engine import ChildEngine
 from rollout.config import EngineProcess
 from rollout.engine import Engine
-from rollout.vllm_engine import EngineSpec, VllmEngine
+from rollout.engine_spec import EngineSpec
+from rollout.vllm_engine import VllmEngine
 
 LOOPBACK = "127.0.0.1"
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from rollout.config import PoolKind, RolloutConfig
 from rollout.engine import Completion, Engine, OwnProcess, Request, Sampling
+from rollout.engine_spec import EngineSpec, thread_count, usable_cores
 from rollout.host import EngineHost, LocalHost
 from rollout.restarts import RestartingEngine, Restarts
 from rollout.types import FinishReason, Group, Prompt, Trajectory, sample_seed
-from rollout.vllm_engine import EngineSpec, thread_count, usable_cores
 
 Decode = Callable[[list[int]], str]
 """Token ids to text without special tokens."""

@@ -21,8 +21,8 @@ from ray.exceptions import ActorUnavailableError, NodeDiedError, ObjectLostError
 from rollout.child_engine import CLOSE_SECONDS, DOING, STACKS_SECONDS, ChildEngine
 from rollout.engine import Completion, Request, Sampling
 from rollout.engine_server import portable
+from rollout.engine_spec import EngineSpec
 from rollout.errors import LOADING, EngineDied, EngineError
-from rollout.vllm_engine import EngineSpec
 from rollout.wire import pack_requests, unpack_completions
 
 Answer = tuple[bool, Any]

@@ -25,10 +25,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 import rollout
 from rollout.child_engine import VISIBLE_GPUS, gpu_names
 from rollout.config import RayConfig
+from rollout.engine_spec import EngineSpec
 from rollout.errors import EngineDied, EngineError
 from rollout.host import LOOPBACK
 from rollout.ray_engine import CONCURRENT, LOST, EngineActor, RayEngine, machine_identity
-from rollout.vllm_engine import EngineSpec
 from rollout.weights.config import Transport
 
 OBJECT_STORE_BYTES = 100 << 20

@@ -29,9 +29,10 @@ from typing import Any
 from rollout.child_engine import _environment
 from rollout.config import EngineDtype, EngineProcess, PoolKind, RolloutConfig
 from rollout.engine import Sampling
+from rollout.engine_spec import EngineSpec
 from rollout.pool import Draw, LocalPool, build_engines, open_host
 from rollout.types import Prompt, sample_seed
-from rollout.vllm_engine import EngineSpec, _sampling_params
+from rollout.vllm_engine import _sampling_params
 from tests.benchmarks.measuring import markdown
 from tests.benchmarks.rollout_speed import GROUPS, MODEL, PROMPT, RESPONSE, SAMPLES
 

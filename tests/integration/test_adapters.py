@@ -121,6 +121,7 @@ def frozen(learner: Learner) -> Any:
     engine: Any = SimpleNamespace(weight_version=0, init_transfer=lambda info: None)
     config = load(TINY)
     placement = pipeline._placement(config)
-    publisher = pipeline._publisher(config, [engine], [[1, 2]], learner, placement, LocalHost(), Path("unused"))
+    host, folder = LocalHost(), Path("unused")
+    publisher = pipeline._publisher(config, [engine], [[1, 2]], learner, placement, host, folder)
     publisher.close()
     return publisher._watch._frozen
