@@ -21,7 +21,7 @@ SETTINGS = {
     "RAY_worker_niceness": "0",
     "RAY_memory_monitor_refresh_ms": "0",
 }
-"""As `docs/scaling-ray.md` advises, and a machine low on memory must not fail a test."""
+"""As `docs/ray.md` advises, and a machine low on memory must not fail a test."""
 
 
 class Cluster:
