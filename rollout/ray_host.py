@@ -61,6 +61,7 @@ class RayHost:
         self._threads = threads
         self._gpus = gpus
         self._closed = False
+        self._group: Any = None
         self._connected = _connect(config, cpus=engines * threads, gpus=own_gpus)
         try:
             self._group = self._reserve(engines)
@@ -86,7 +87,7 @@ class RayHost:
             return
         self._closed = True
         with contextlib.suppress(RayError):
-            if getattr(self, "_group", None) is not None:
+            if self._group is not None:
                 remove_placement_group(self._group)
         if self._connected:
             ray.shutdown()

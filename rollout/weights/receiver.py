@@ -8,6 +8,7 @@ read back. What was measured and proven is left in `last_report` for whoever dri
 from __future__ import annotations
 
 import time
+from abc import abstractmethod
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -118,10 +119,11 @@ class SegmentReceiver(WeightTransferEngine[Any, SegmentUpdateInfo]):
         """Let go of the segment."""
         self._segment = None
 
+    @abstractmethod
     def _open(self, init_info: Any) -> Memory:
         """The segment that `init_info` describes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _bring(self, segment: Any, entries: list[Entry]) -> None:
         """Have these tensors in the segment's memory."""
 
@@ -160,6 +162,9 @@ class ShmReceiver(SegmentReceiver):
 
     def _open(self, init_info: ShmInitInfo) -> Memory:
         return Segment.open(init_info.path, init_info.size)
+
+    def _bring(self, segment: Memory, entries: list[Entry]) -> None:
+        """They are there: the learner wrote them."""
 
 
 class TcpReceiver(SegmentReceiver):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from rollout.weights.manifest import Entry, Manifest, content_digest, lay_out
 from rollout.weights.segment import Segment
 
 
-class SegmentSender:
+class SegmentSender(ABC):
     """Writes weights into a segment that all engines can read, then lets every engine install them.
 
     The segment is made at the first publish and used for all later ones: its pages stay warm, and it has no
@@ -93,10 +94,11 @@ class SegmentSender:
         self._withdraw()
         self._segment = None
 
+    @abstractmethod
     def _offer(self, segment: Segment) -> dict[str, Any]:
         """Let engines read the segment; what they need to know for it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _withdraw(self) -> None:
         """Let no further engine read it."""
 
@@ -140,3 +142,6 @@ class ShmSender(SegmentSender):
         if self._renews:
             segment.unlink()
         return {"path": segment.path, "size": len(segment.bytes)}
+
+    def _withdraw(self) -> None:
+        """The segment is sealed when it is let go of."""
