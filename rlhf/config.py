@@ -241,6 +241,11 @@ def _ahead(config: Config) -> Iterator[str]:
             f"rollout.process=inprocess cannot generate while the learner works, as {lead} asks: set "
             "rollout.process=child."
         )
+    if config.loop.inflight_updates and config.rollout.restarts:
+        yield (
+            f"rollout.restarts={config.rollout.restarts} makes the round of a lost engine again under one "
+            "version, and loop.inflight_updates=true mixes two in it: set one of them off."
+        )
     if algorithm.old_logprobs is OldLogprobs.current:
         yield (
             f"algorithm.old_logprobs=current is for fresh groups only, and {lead} trains on older ones: set "

@@ -96,12 +96,8 @@ def follow_config(config: Config) -> int:
         try:
             _follow(config, team)
         except Exception as error:
-            if is_broken(error):
-                return 1
-            said = _sentence(error, config)
-            if not said:
-                traceback.print_exc()
-            team.report_failure(f"rank {team.rank} of the learner failed: {said or described(error) + '.'}")
+            if not is_broken(error):  # else another rank failed, and says so itself
+                team.report_failure(f"rank {team.rank} of the learner failed: {_sentence(error, config)}")
             team.leave()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -121,7 +117,10 @@ def _follow(config: Config, team: Team) -> None:
 
 
 def _sentence(error: Exception, config: Config) -> str:
-    """What is known about an error; empty for one that is not expected."""
+    """What there is to say about an error; the traceback of one that is not expected is printed."""
     if isinstance(error, UserError | ValueError):
         return str(error)
-    return faults.sentence(error, config, "learning")
+    said = faults.sentence(error, config, "learning")
+    if not said:
+        traceback.print_exc()
+    return said or f"{described(error)}."

@@ -73,6 +73,11 @@ def _arithmetic(config: Config) -> list[str]:
     ]
     if loop.max_tokens:
         lines.append(f"the step that generates token {loop.max_tokens} (loop.max_tokens) is the last")
+    if loop.staleness:
+        lines.append(
+            f"engines generate up to {loop.staleness} step(s) ahead of the learner (loop.staleness): groups "
+            f"that are not carried over are up to {loop.staleness} update(s) old when they are learned from"
+        )
     if sampling.enabled:
         most = loop.prompts * sampling.oversample * sampling.max_rounds
         lines.insert(1, f"to find them it draws at most {most:g} prompts in {sampling.max_rounds} rounds")

@@ -168,7 +168,7 @@ def checkpoint_if_due(run: Run, last: bool = False) -> None:
 def close_step(run: Run) -> None:
     """Close the step's books and hand them to the trackers."""
     times = run.clock.metrics()
-    run.metrics |= times | throughput(run.metrics, times) | run.memory.metrics()
+    run.metrics |= times | throughput(run.metrics, times) | run.memory.metrics() | run.pool.metrics()
     with run.clock("tracking"):
         run.trackers.log(run.step, run.metrics)
     run.last_metrics, run.metrics = run.metrics, {}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from rlhf.config import Config
 from rlhf.models import SMOLLM2, local_config
 from rollout.config import EngineProcess
-from rollout.vllm_engine import automatic_cache_bytes
+from rollout.engine_spec import automatic_cache_bytes
 from trainer.config import OptimizerName
 from trainer.memory.estimate import Estimate, ModelShape, engine_memory, learner_memory, rank_memory
 from trainer.parallel.world import World

@@ -35,6 +35,7 @@ SECTIONS = {
     "policy": "The loss, over the tokens learned from",
     "mismatch": "Learner against engine on the same tokens",
     "learner": "The update",
+    "rollout": "The engines",
     "weights": "Publishing weights to the engines",
     "staleness": "How old the experience is",
     "ahead": "Generation beside learning (`loop.staleness` above 0), by a clock of its own",
@@ -115,6 +116,8 @@ learner/skipped_steps | steps | optimizer steps dropped so far (`learner.on_nonf
 learner/micro_batches | batches | packed micro-batches of an optimizer step
 learner/tokens | tokens | tokens computed, shared prompts counted once
 learner/prompt_saving | share | tokens saved by computing a group's prompt once
+
+rollout/engine_restarts | restarts | engines started again so far (`rollout.restarts` above 0)
 
 weights/version | version | version installed in the engines
 weights/bytes | bytes | bytes transferred

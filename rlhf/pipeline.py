@@ -46,7 +46,8 @@ from rlhf.watchdog import Watchdog
 from rollout.config import EngineProcess
 from rollout.engine import Engine
 from rollout.errors import EngineError
-from rollout.pool import Draw, LocalPool, build_engines
+from rollout.host import EngineHost
+from rollout.pool import Draw, LocalPool, build_engines, open_host
 from rollout.recorder import Recorder
 from rollout.turns import Turns
 from rollout.types import Prompt
@@ -198,11 +199,12 @@ def build(
             opened.callback(config_file(folder).unlink, missing_ok=True)
         else:
             initial_weights.agree(resolved.initial, folder)
-        learner, engines = _learner_and_engines(config, resolved, folder, placement, team)
-        pool = opened.enter_context(closing(LocalPool(engines, config.run.seed)))
+        host = opened.enter_context(closing(open_host(config.rollout, placement.engines)))
+        learner, engines = _learner_and_engines(config, resolved, folder, placement, team, host)
+        pool = opened.enter_context(closing(LocalPool(engines, config.run.seed, host)))
         probe = _probe(config, prompts, tokenizer)
         publisher = opened.enter_context(
-            closing(_publisher(config, engines, probe, learner, placement, folder))
+            closing(_publisher(config, engines, probe, learner, placement, host, folder))
         )
         sampling = config.rollout.sampling(models.end_token_ids(tokenizer, resolved.folder))
         _announce(resolved, splits, engines, sampling, learner)
@@ -293,6 +295,7 @@ def _publisher(
     probe: list[list[int]],
     learner: Learner,
     placement: Placement,
+    host: EngineHost,
     folder: Path,
 ) -> Publisher:
     """The channel to the engines. Under an adapter or `freeze`, which tensors stay is not known by name."""
@@ -304,6 +307,8 @@ def _publisher(
         folder=folder,
         on_gpu=placement.on_gpu,
         shares_gpu=placement.shared,
+        one_machine=host.one_machine,
+        address=host.address,
         frozen=None if config.learner.freeze or learner.has_adapter else (),
         learner_dtype=config.learner.dtype.value,
     )
@@ -353,7 +358,12 @@ def _prompts(config: Config, splits: Splits, tokenizer: Any) -> tuple[dict[str, 
 
 
 def _learner_and_engines(
-    config: Config, resolved: ResolvedModel, folder: Path, placement: Placement, team: Team | None
+    config: Config,
+    resolved: ResolvedModel,
+    folder: Path,
+    placement: Placement,
+    team: Team | None,
+    host: EngineHost,
 ) -> tuple[Learner, list[Engine]]:
     """Load engines and learner at the same time; first the engine in this process, or on the learner's GPU.
 
@@ -364,8 +374,10 @@ def _learner_and_engines(
         config,
         str(resolved.folder),
         resolved,
-        placement,
-        transport=config.weights.resolve(on_gpu=placement.on_gpu, shares_gpu=placement.shared).value,
+        host,
+        transport=config.weights.resolve(
+            on_gpu=placement.on_gpu, shares_gpu=placement.shared, one_machine=host.one_machine
+        ).value,
         log_folder=folder / "logs",
     )
     with ThreadPoolExecutor(1) as thread:
@@ -384,9 +396,9 @@ def _learner_and_engines(
 
 
 def _engines(
-    config: Config, model: str, resolved: ResolvedModel, placement: Placement, **options: Any
+    config: Config, model: str, resolved: ResolvedModel, host: EngineHost, **options: Any
 ) -> list[Engine]:
-    """Engines of the model in folder `model`, with the tokenizer of `resolved`."""
+    """Engines of the model in folder `model`, with the tokenizer of `resolved`, on `host`."""
     try:
         return build_engines(
             config.rollout,
@@ -395,7 +407,7 @@ def _engines(
             length=config.longest_sequence,
             seed=config.run.seed,
             trust_remote_code=resolved.trust_remote_code,
-            gpus=placement.engines,
+            host=host,
             **options,
         )
     except EngineError:
@@ -477,8 +489,9 @@ def _evaluate(config: Config) -> Evaluation:
         if resolved.adapter is not None:
             model = opened.enter_context(tempfile.TemporaryDirectory(prefix="whetstone-merged-"))
             _merge(resolved, resolved.adapter, getattr(torch, config.rollout.dtype.value), Path(model))
-        engines = _engines(config, model, resolved, placement)
-        pool = opened.enter_context(closing(LocalPool(engines, config.run.seed)))
+        host = opened.enter_context(closing(open_host(config.rollout, placement.engines)))
+        engines = _engines(config, model, resolved, host)
+        pool = opened.enter_context(closing(LocalPool(engines, config.run.seed, host)))
         return evaluate(
             prompts[: config.evaluation.prompts or None],
             lambda asked, sampling: pool.generate(

@@ -13,7 +13,7 @@ from rlhf.errors import UserError, clear_sentences
 from rlhf.rewards.base import Scorer
 from rlhf.tracking.base import build as build_trackers
 from rollout.config import EngineProcess
-from rollout.vllm_engine import max_positions
+from rollout.engine_spec import max_positions
 from trainer.config import OptimizerName
 from trainer.parallel.world import World
 

@@ -33,8 +33,14 @@ from typing import Any
 import rollout
 from rollout.engine import Completion, Request, Sampling
 from rollout.engine_server import READY, SHARED_MEMORY, STACKS_SIGNAL, remove_openmp_file
+from rollout.engine_spec import EngineSpec, thread_count
 from rollout.errors import LOADING, EngineDied, EngineError
-from rollout.vllm_engine import EngineSpec, thread_count
+from rollout.wire import (
+    PackedCompletions,
+    PackedRequests,
+    pack_requests,
+    unpack_completions,
+)
 from trainer.errors import described
 
 logger = logging.getLogger(__name__)
@@ -61,13 +67,15 @@ IDLE_THREADS = {"KMP_BLOCKTIME": "3"}
 """Milliseconds for which Intel's OpenMP lets an idle thread spin. Its default of 200 takes a core from the
 learner whenever the engine has just answered: scoring the probe after a publish took twice as long."""
 
+VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
+
 CLOSE_SECONDS = 10.0
 """How long a child may take to release its engine before it is killed."""
 
 STACKS_SECONDS = 2.0
 """How long a child may take to write where its threads are."""
 
-_DOING = {
+DOING = {
     "generate": "generating",
     "score": "scoring",
     "init_transfer": "opening the weight channel",
@@ -115,6 +123,11 @@ class ChildEngine:
         return self._process.pid
 
     @property
+    def label(self) -> str:
+        """What it is called where its stacks are written."""
+        return f"engine process {self.pid}"
+
+    @property
     def weight_version(self) -> int:
         """The version of the installed weights; 0 are those loaded from disk."""
         return self._version
@@ -126,8 +139,12 @@ class ChildEngine:
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """See `rollout.vllm_engine.VllmEngine.generate`."""
+        return unpack_completions(self.generate_packed(pack_requests(requests), sampling))
+
+    def generate_packed(self, requests: PackedRequests, sampling: Sampling) -> PackedCompletions:
+        """`generate` as it crosses the pipe, for whoever hands it on."""
         with self._rounds:
-            return self._call("generate", list(requests), sampling)
+            return self._call("generate", requests, sampling)
 
     def score(self, sequences: Sequence[list[int]], temperature: float = 1.0) -> list[list[float]]:
         """See `rollout.vllm_engine.VllmEngine.score`."""
@@ -203,7 +220,7 @@ class ChildEngine:
     def _call(self, name: str, *arguments: Any) -> Any:
         if self._closed:
             raise EngineError("The engine is closed.")
-        doing = _DOING.get(name, f"answering {name}")
+        doing = DOING.get(name, f"answering {name}")
         with self._sending:
             self._wait_ready()
             number = next(self._numbers)
@@ -357,9 +374,14 @@ def _environment(spec: EngineSpec, gpus: Sequence[int] = ()) -> dict[str, str]:
     if libraries:
         variables["LD_PRELOAD"] = ":".join([*libraries, *filter(None, [variables.get("LD_PRELOAD")])])
     if gpus:
-        ours = [name for name in variables.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-        variables["CUDA_VISIBLE_DEVICES"] = ",".join(ours[gpu] if ours else str(gpu) for gpu in gpus)
+        variables[VISIBLE_GPUS] = gpu_names(gpus)
     return variables
+
+
+def gpu_names(gpus: Sequence[int]) -> str:
+    """These of the GPUs that this process sees, as `VISIBLE_GPUS` names them to a process of its own."""
+    ours = [name for name in os.environ.get(VISIBLE_GPUS, "").split(",") if name]
+    return ",".join(ours[gpu] if ours else str(gpu) for gpu in gpus)
 
 
 def preload_libraries() -> tuple[str, ...]:

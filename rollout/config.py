@@ -13,6 +13,21 @@ class PoolKind(StrEnum):
 
     local = "local"
     """On this machine."""
+    ray = "ray"
+    """On the nodes of a Ray cluster, or of a Ray that is started on this machine."""
+
+
+class RayStrategy(StrEnum):
+    """How Ray spreads engines over nodes."""
+
+    PACK = "PACK"
+    """On as few as there is room on."""
+    SPREAD = "SPREAD"
+    """On as many as there are."""
+    STRICT_PACK = "STRICT_PACK"
+    """All on one, or not at all."""
+    STRICT_SPREAD = "STRICT_SPREAD"
+    """Each on another, or not at all."""
 
 
 class EngineProcess(StrEnum):
@@ -33,15 +48,49 @@ class EngineDtype(StrEnum):
 
 
 @dataclass
+class RayConfig:
+    """Where in which Ray cluster the engines run (`rollout.pool=ray`)."""
+
+    address: str = ""
+    """`host:port` of a cluster's head, or `auto` for the one that this machine belongs to. Empty: what the
+    variable `RAY_ADDRESS` says, else a Ray that is started here and ends with the run."""
+    strategy: RayStrategy = RayStrategy.PACK
+    """`PACK` (as few nodes as there is room on), `SPREAD`, `STRICT_PACK` or `STRICT_SPREAD`."""
+    places: list[str] = field(default_factory=list)
+    """Custom Ray resources that say where engines go, dealt out in turn: engine 0 runs on a node that has the
+    first. A node gets them at its start (`ray start --resources='{"switch-a": 1}'`); `node:ADDRESS` is a
+    resource that every node has. Empty: anywhere."""
+    wait_s: float = 60.0
+    """Seconds to wait for the cluster to have room for the engines."""
+
+    def check(self) -> list[str]:
+        """Sentences about values that cannot work, empty when all can."""
+        problems = []
+        if not self.wait_s > 0:
+            problems.append(f"rollout.ray.wait_s={self.wait_s:g} must be above 0: raise it.")
+        if self.address.startswith("ray://"):
+            problems.append(
+                f"rollout.ray.address={self.address} is a Ray client's: run on a node of the cluster and "
+                "give the head's host:port, or auto."
+            )
+        return problems
+
+
+@dataclass
 class RolloutConfig:
     """Engines and training's sampling."""
 
     engines: int = 1
     """Engines; the groups of a round are dealt out among them."""
     pool: PoolKind = PoolKind.local
-    """Where the engines run: `local`."""
+    """Where the engines run: `local` (this machine) or `ray`."""
+    ray: RayConfig = field(default_factory=RayConfig)
     process: EngineProcess = EngineProcess.child
     """`child`: an engine has a process of its own; `inprocess`: it shares the learner's."""
+    restarts: int = 0
+    """How often an engine may be started again whose process, actor or node is gone, over all engines of a
+    run. It gets the weights of now, proven anew, and its unfinished groups are generated again with the same
+    seeds. 0: a dead engine stops the run."""
     temperature: float = 1.0
     """Sampling temperature, above 0. The learner divides its logits by the same number."""
     top_p: float = 1.0
@@ -108,6 +157,17 @@ class RolloutConfig:
                 f"rollout.tensor_parallel={self.tensor_parallel} with rollout.process=inprocess: an engine "
                 "over several GPUs needs processes of its own; use rollout.process=child."
             )
+        if self.process is EngineProcess.inprocess and self.restarts > 0:
+            problems.append(
+                f"rollout.restarts={self.restarts} with rollout.process=inprocess: that engine ends with the "
+                "run; use rollout.process=child."
+            )
+        if self.process is EngineProcess.inprocess and self.pool is PoolKind.ray:
+            problems.append(
+                "rollout.pool=ray with rollout.process=inprocess: an engine on Ray has a process of its own; "
+                "use rollout.process=child."
+            )
+        problems += self.ray.check()
         if any(not text for text in self.stop):
             problems.append('rollout.stop holds an empty string, which would end every response: remove "".')
         return problems
@@ -127,6 +187,7 @@ class RolloutConfig:
 
 _LEAST = {
     "engines": 1,
+    "restarts": 0,
     "top_k": 0,
     "max_new_tokens": 1,
     "max_model_len": 0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from rollout.types import FinishReason, VersionSpan
 
@@ -52,7 +52,8 @@ class Completion:
 
 
 class Engine(Protocol):
-    """One generation engine. Implementations: `rollout.vllm_engine`, `rollout.child_engine`."""
+    """One generation engine. Implementations: `rollout.vllm_engine`, `rollout.child_engine`,
+    `rollout.ray_engine`."""
 
     @property
     def weight_version(self) -> int:
@@ -88,4 +89,18 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Release the engine and whatever process holds it; safe to call twice."""
+        ...
+
+
+@runtime_checkable
+class OwnProcess(Protocol):
+    """What an engine in a process of its own has besides."""
+
+    @property
+    def label(self) -> str:
+        """What it is called where its stacks are written."""
+        ...
+
+    def stacks(self) -> str:
+        """Where every Python thread of that process is, also while a call hangs; empty when it cannot say."""
         ...

@@ -20,7 +20,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from rollout.vllm_engine import EngineSpec, VllmEngine
+from rollout.engine import Sampling
+from rollout.engine_spec import EngineSpec
+from rollout.vllm_engine import VllmEngine
+from rollout.wire import PackedCompletions, PackedRequests, pack_completions, unpack_requests
 from trainer.errors import described
 
 CALLS = frozenset(
@@ -104,7 +107,7 @@ class Calls:
 
     def __init__(self, connection: Connection, engine: VllmEngine) -> None:
         self._connection = connection
-        self._engine = engine
+        self._engine = Served(engine)
         self._later: deque[Call] = deque()
         engine.between_steps = self._in_a_round
 
@@ -141,7 +144,21 @@ class Calls:
                 self._answer(call)
 
 
-def answer(engine: VllmEngine, name: str, arguments: tuple[Any, ...]) -> tuple[bool, Any]:
+class Served:
+    """A `VllmEngine` as calls reach it through the pipe: rounds come and go as arrays."""
+
+    def __init__(self, engine: VllmEngine) -> None:
+        self._engine = engine
+
+    def generate(self, requests: PackedRequests, sampling: Sampling) -> PackedCompletions:
+        """See `VllmEngine.generate`."""
+        return pack_completions(self._engine.generate(unpack_requests(requests), sampling))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+
+def answer(engine: Served, name: str, arguments: tuple[Any, ...]) -> tuple[bool, Any]:
     """Call one method; `(True, result)` or `(False, (exception, its traceback))`."""
     try:
         if name not in CALLS:

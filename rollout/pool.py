@@ -1,18 +1,20 @@
-"""`LocalPool`: the engines of this machine, all generating at once; draws in, groups out."""
+"""`LocalPool`: engines, wherever they run, all generating at once; draws in, groups out."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from rollout.child_engine import ChildEngine
-from rollout.config import EngineProcess, RolloutConfig
-from rollout.engine import Completion, Engine, Request, Sampling
+from rollout.config import PoolKind, RolloutConfig
+from rollout.engine import Completion, Engine, OwnProcess, Request, Sampling
+from rollout.engine_spec import EngineSpec, thread_count, usable_cores
+from rollout.host import EngineHost, LocalHost
+from rollout.restarts import RestartingEngine, Restarts
 from rollout.types import FinishReason, Group, Prompt, Trajectory, sample_seed
-from rollout.vllm_engine import EngineSpec, VllmEngine, usable_cores
 
 Decode = Callable[[list[int]], str]
 """Token ids to text without special tokens."""
@@ -29,14 +31,15 @@ class Draw:
 
 
 class LocalPool:
-    """Engines that generate side by side. Owns them: `close` closes them all."""
+    """Engines that generate side by side. Owns them and their host: `close` closes them all."""
 
-    def __init__(self, engines: Sequence[Engine], run_seed: int) -> None:
-        """Raises ValueError without an engine."""
+    def __init__(self, engines: Sequence[Engine], run_seed: int, host: EngineHost | None = None) -> None:
+        """`host`: where the engines run, closed after them. Raises ValueError without an engine."""
         if not engines:
             raise ValueError("A pool needs at least one engine: set rollout.engines to 1 or more.")
         self.engines = list(engines)
         self.run_seed = run_seed
+        self._host = host
         self.aborted = 0
         """Responses that an engine gave up, over the life of the pool."""
 
@@ -63,13 +66,21 @@ class LocalPool:
     def stacks(self) -> dict[str, str]:
         """Where the threads of engines in processes of their own are; empty text from one that does not
         answer."""
-        children = [engine for engine in self.engines if isinstance(engine, ChildEngine)]
-        return {f"engine process {engine.pid}": engine.stacks() for engine in children}
+        return {engine.label: engine.stacks() for engine in self.engines if isinstance(engine, OwnProcess)}
+
+    def metrics(self) -> dict[str, float]:
+        """Counts over the life of the pool, of what may happen to it."""
+        first = self.engines[0]
+        if not isinstance(first, RestartingEngine):
+            return {}
+        return {"rollout/engine_restarts": float(first.restarts.count)}
 
     def close(self) -> None:
         """Close every engine; safe to call twice."""
         for engine in self.engines:
             engine.close()
+        if self._host is not None:
+            self._host.close()
 
     def _generate(
         self, engine: Engine, draws: Sequence[Draw], sampling: Sampling
@@ -100,6 +111,32 @@ class LocalPool:
         return Group(id=draw.group_id, prompt=draw.prompt, trajectories=trajectories, born=born)
 
 
+def open_host(config: RolloutConfig, gpus: Sequence[Sequence[int]] = ()) -> EngineHost:
+    """Where the engines of `config` will run: this machine, or places in a Ray cluster, taken from now on.
+
+    `gpus`: one list of numbers an engine, of the GPUs that this process sees. Raises ValueError when Ray is
+    not installed, its cluster does not answer, or has no room.
+    """
+    if config.pool is PoolKind.local:
+        return LocalHost(config.process, gpus)
+    try:
+        from rollout.ray_host import RayHost
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise ValueError(
+            "rollout.pool=ray needs the package ray, which is not installed: pip install 'ray==2.60.*', or "
+            "use rollout.pool=local."
+        ) from None
+    return RayHost(
+        config.ray,
+        engines=config.engines,
+        threads=thread_count(config.threads or _threads_each(config.engines)),
+        gpus=config.tensor_parallel if gpus and gpus[0] else 0,
+        own_gpus=sorted({gpu for own in gpus for gpu in own}),
+    )
+
+
 def build_engines(
     config: RolloutConfig,
     *,
@@ -110,14 +147,15 @@ def build_engines(
     tokenizer: str = "",
     trust_remote_code: bool = False,
     log_folder: Path | None = None,
-    gpus: Sequence[Sequence[int]] = (),
+    host: EngineHost | None = None,
 ) -> list[Engine]:
     """The engines that `config` asks for, all loading at once, returned when all are ready.
 
     `length` is the most tokens of prompt and response that the run can ask for; `config.max_model_len` wins
-    when it is set. Child engines write to `log_folder/engine-<i>.log` and see only their `gpus`, one list of
-    numbers an engine; nothing given, all that this process sees. If one fails to load, all are closed.
+    when it is set. Engines run on `host` (this machine when none is given, see `open_host`), those in a
+    process of their own write to `log_folder/engine-<i>.log`. If one fails to load, all are closed.
     """
+    host = host or open_host(config)
     specs = [
         EngineSpec(
             model=model,
@@ -138,9 +176,9 @@ def build_engines(
         )
         for index in range(config.engines)
     ]
-    if config.process is EngineProcess.inprocess:
-        return [VllmEngine(specs[0])]
-    engines = [ChildEngine(spec, own) for spec, own in zip(specs, gpus or [()] * len(specs), strict=True)]
+    starts = [functools.partial(host.start, index, spec) for index, spec in enumerate(specs)]
+    restarts = Restarts(config.restarts)
+    engines = [RestartingEngine(start, restarts) if config.restarts else start() for start in starts]
     try:
         for engine in engines:
             engine.wait()

@@ -17,72 +17,33 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import os
 import random
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rollout.engine import Completion, Request, Sampling
+from rollout.engine_spec import (
+    CPU_BLOCK,
+    EngineSpec,
+    kv_cache_bytes,
+    max_positions,
+    text_config,
+    thread_count,
+)
 from rollout.errors import LOADING, engine_failures
 from rollout.types import FinishReason, VersionSpan
 
-AUTO_KV_LIMIT = 4 << 30
-"""Most bytes that a KV cache of automatic size takes on a CPU."""
-
-CPU_BLOCK = 32
 CPU_STEP_TOKENS = 2048
 """Most tokens of one step on a CPU: vLLM warms a compiled model up with that many, and more gain nothing."""
-
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 PROCESS_VARIABLES = ("LD_PRELOAD", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS")
 """Variables that vLLM sets for processes of its own; the process that holds it gets its own values back."""
 
 _live_engines = 0
-
-
-@dataclass(slots=True, kw_only=True, frozen=True)
-class EngineSpec:
-    """All that builds one engine: plain values, so that it crosses into a child process."""
-
-    model: str
-    """Folder of the model in Hugging Face format."""
-    tokenizer: str = ""
-    """Folder of the tokenizer, read for stop strings only; empty means `model`."""
-    dtype: str = "bfloat16"
-    """`bfloat16`, `float16`, `float32`: weights, activations and KV cache."""
-    max_model_len: int
-    """Most tokens of a prompt and its response together."""
-    max_num_seqs: int = 256
-    """Most responses that decode at once."""
-    kv_cache_bytes: int = 0
-    """Size of the KV cache. 0 on a CPU: room for `max_num_seqs` full sequences, at most 4 GiB; 0 on a GPU:
-    what `gpu_memory` leaves."""
-    block_size: int = 0
-    """Tokens a KV block; 0: 32 on a CPU, vLLM's choice on a GPU. Prefixes are shared in whole blocks, and
-    on a CPU the time of attention grows with whole blocks (32 halves it against vLLM's 128)."""
-    prefix_caching: bool = True
-    threads: int = 0
-    """Threads that compute; 0 means `OMP_NUM_THREADS`, or every core that this process may use."""
-    eager: bool = False
-    """Skip compilation."""
-    seed: int = 0
-    """Seed of the engine itself; every request carries its own."""
-    transport: str = ""
-    """Backend of vLLM's weight transfer (`shm`, `ipc`, `nccl`); empty: this engine takes no new weights."""
-    tensor_parallel: int = 1
-    gpu_memory: float = 0.45
-    """Share of a GPU's memory that the engine may take."""
-    trust_remote_code: bool = False
-    preload: bool = True
-    """Child process only: preload tcmalloc and Intel's OpenMP where they are found."""
-    log_path: str = ""
-    """Child process only: the file that takes its output; empty means a temporary one."""
 
 
 class VllmEngine:
@@ -102,7 +63,7 @@ class VllmEngine:
         self._aside: Any = None
         self.between_steps: Callable[[], None] = _nothing
         """Called between two steps; it may `pause`, then score and receive weights, and `resume`."""
-        _text_config(spec.model)
+        text_config(spec.model)
         _refuse_distributed_process()
         try:
             with _undisturbed_process(spec.threads), engine_failures(LOADING):
@@ -113,6 +74,9 @@ class VllmEngine:
         _live_engines += 1
         self._engine = self._llm.llm_engine
         self._engine.set_weight_version("0")
+
+    def wait(self) -> None:
+        """Nothing to wait for: the constructor has loaded the model."""
 
     @property
     def weight_version(self) -> int:
@@ -261,69 +225,6 @@ def _nothing() -> None:
     """Between two steps, where nobody calls."""
 
 
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def thread_count(threads: int) -> int:
-    """`threads`, or for 0 `OMP_NUM_THREADS`, or every usable core."""
-    return threads or int(os.environ.get("OMP_NUM_THREADS") or usable_cores())
-
-
-def kv_cache_bytes(spec: EngineSpec) -> int:
-    """Bytes of KV cache for `max_num_seqs` full sequences of `spec`'s model, at most `AUTO_KV_LIMIT`.
-
-    Raises ValueError when the model's `config.json` does not name its sizes.
-    """
-    config = _text_config(spec.model)
-    try:
-        heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-        head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-        layers = config["num_hidden_layers"]
-    except KeyError as error:
-        raise ValueError(
-            f"The size of the KV cache of {spec.model} cannot be told: its config.json has no {error}. "
-            "Set rollout.kv_cache_gib."
-        ) from None
-    token = 2 * layers * heads * head_dim * DTYPE_BYTES[spec.dtype]
-    return automatic_cache_bytes(token, spec.max_num_seqs, spec.max_model_len, spec.block_size)
-
-
-def automatic_cache_bytes(token_bytes: int, sequences: int, length: int, block_size: int = 0) -> int:
-    """Bytes that hold `sequences` of `length` tokens and one more each in whole blocks (0: `CPU_BLOCK`).
-
-    `token_bytes` is what one token takes in all layers. At most `AUTO_KV_LIMIT`.
-    """
-    block = block_size or CPU_BLOCK
-    blocks = sequences * -(-(length + 1) // block) + 1
-    return min(blocks * block * token_bytes, AUTO_KV_LIMIT)
-
-
-def max_positions(folder: str) -> int | None:
-    """Most tokens of a sequence that the model in `folder` was made for; None when it does not say.
-
-    As vLLM counts: linear and dynamic rope scaling stretch `max_position_embeddings`, others are in it.
-    """
-    config = _text_config(folder)
-    limit = config.get("max_position_embeddings")
-    if not isinstance(limit, int):
-        return None
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    stretched = rope.get("rope_type", rope.get("type")) in {"linear", "dynamic"}
-    return int(limit * rope.get("factor", 1.0)) if stretched else limit
-
-
-def _text_config(folder: str) -> dict[str, Any]:
-    path = Path(folder) / "config.json"
-    if not path.exists():
-        raise ValueError(
-            f"The engine's model {folder} has no config.json: give a folder in Hugging Face format."
-        )
-    config = json.loads(path.read_text())
-    return config.get("text_config", config)
-
-
 def _refuse_distributed_process() -> None:
     """vLLM would join an existing process group as if it were its own, and hang."""
     import torch.distributed
@@ -343,16 +244,17 @@ def _build_llm(spec: EngineSpec) -> Any:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # whole GiB, and it would win over kv_cache_memory_bytes
-    from vllm import LLM
-    from vllm.platforms import current_platform
+    with _without_ray():
+        from vllm import LLM
+        from vllm.platforms import current_platform
 
-    if spec.transport:
-        from rollout.weights.plugin import register
+        if spec.transport:
+            from rollout.weights.plugin import register
 
-        register()
-    on_cpu = current_platform.is_cpu()
-    with _compiled_model_reloads(), _lock_of_one_process():
-        llm = LLM(**_llm_arguments(spec, on_cpu))
+            register()
+        on_cpu = current_platform.is_cpu()
+        with _compiled_model_reloads(), _lock_of_one_process():
+            llm = LLM(**_llm_arguments(spec, on_cpu))
     if on_cpu:
         from rollout.vllm_sampler import install
 
@@ -396,6 +298,23 @@ def _llm_arguments(spec: EngineSpec, on_cpu: bool) -> dict[str, Any]:
         "max_num_batched_tokens": max(CPU_STEP_TOKENS, length, spec.max_num_seqs),
         "kv_cache_memory_bytes": spec.kv_cache_bytes or kv_cache_bytes(spec),
     }
+
+
+@contextlib.contextmanager
+def _without_ray() -> Iterator[None]:
+    """Hide Ray from vLLM, which imports it wherever it is installed and would spread one engine with it.
+
+    Ours are spread by `rollout.ray_host`, which is outside of them; unused, Ray takes 11 MB of an engine.
+    """
+    modules: dict[str, Any] = sys.modules
+    hidden = "ray" not in modules
+    if hidden:
+        modules["ray"] = None  # importing it fails as if it were not installed
+    try:
+        yield
+    finally:
+        if hidden:
+            del modules["ray"]
 
 
 @contextlib.contextmanager

@@ -83,7 +83,8 @@ def bfloat16_engine(tiny_qwen: Path) -> Iterator[VllmEngine]:
 
 
 def _engine(model: Path, dtype: str) -> Iterator[VllmEngine]:
-    from rollout.vllm_engine import EngineSpec, VllmEngine
+    from rollout.engine_spec import EngineSpec
+    from rollout.vllm_engine import VllmEngine
 
     spec = EngineSpec(
         model=str(model),

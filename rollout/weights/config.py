@@ -20,9 +20,12 @@ class Transport(StrEnum):
     """How weights travel from the learner to an engine."""
 
     auto = "auto"
-    """`shm` to an engine on a CPU; to one on a GPU `ipc` where the learner shares it, else `nccl`."""
+    """To engines on CPUs `shm` where all are on the learner's machine, else `tcp`; to one on a GPU `ipc`
+    where the learner shares it, else `nccl`."""
     shm = "shm"
-    """Shared memory, verified and read back; engines on a CPU."""
+    """Shared memory, verified and read back; engines on CPUs of the learner's machine."""
+    tcp = "tcp"
+    """Over the network, verified and read back; engines on CPUs anywhere."""
     ipc = "ipc"
     """CUDA IPC handles; the learner's GPU is the engine's, each in a process of its own."""
     nccl = "nccl"
@@ -34,13 +37,14 @@ class WeightsConfig:
     """Publishing weights to the engines."""
 
     transport: Transport = Transport.auto
-    """`auto`, `shm`, `ipc` or `nccl`."""
+    """`auto`, `shm`, `tcp`, `ipc` or `nccl`."""
     skip_unchanged: bool = False
-    """Install only what changed since the last publish (`shm`); pays when much of the model is frozen."""
+    """Install only what changed since the last publish (`shm`, `tcp`, which sends no more either); pays when
+    much of the model is frozen."""
     readback_columns: int = 32
-    """Columns of each matrix that are read back out of the live engine after a publish (`shm`): a band that
-    moves on with every version. 0 reads all; -1 reads nothing, and in bfloat16 a layer left out may then go
-    unseen."""
+    """Columns of each matrix that are read back out of the live engine after a publish (`shm`, `tcp`): a
+    band that moves on with every version. 0 reads all; -1 reads nothing, and in bfloat16 a layer left out may
+    then go unseen."""
     tolerance: float = 0.0
     """Largest mean |learner - engine| log-prob on the probe, in nats; beyond it the run stops. 0 takes what
     the coarser of the learner's and the engine's number formats allows: 1e-4 in float32, 0.2 in bfloat16,
@@ -60,16 +64,23 @@ class WeightsConfig:
             )
         return problems
 
-    def resolve(self, *, on_gpu: bool = False, shares_gpu: bool = False) -> Transport:
+    def resolve(
+        self, *, on_gpu: bool = False, shares_gpu: bool = False, one_machine: bool = True
+    ) -> Transport:
         """The transport to use for engines on a GPU or not, which the learner shares or not.
 
-        Raises ValueError when `transport` names one that cannot serve them.
+        `one_machine`: whether all can open this process's memory. Raises ValueError when `transport` names
+        one that cannot serve them.
         """
-        fitting = (Transport.ipc if shares_gpu else Transport.nccl) if on_gpu else Transport.shm
+        if on_gpu:
+            fitting = Transport.ipc if shares_gpu else Transport.nccl
+            where = "a GPU that the learner shares" if shares_gpu else "a GPU of their own"
+        else:
+            fitting = Transport.shm if one_machine else Transport.tcp
+            where = "a CPU" if one_machine else "a CPU of another machine"
+        if self.transport is Transport.tcp and not on_gpu:
+            return Transport.tcp
         if self.transport not in (Transport.auto, fitting):
-            where = "a GPU" if on_gpu else "a CPU"
-            if on_gpu:
-                where += " that the learner shares" if shares_gpu else " of their own"
             raise ValueError(
                 f"weights.transport={self.transport} cannot serve engines on {where}: use {fitting} or auto."
             )

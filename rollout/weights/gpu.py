@@ -28,7 +28,16 @@ class GpuSender:
 
     verifies = False
 
-    def __init__(self, engines: Sequence[Engine], transport: Transport, *, tensor_parallel: int = 1) -> None:
+    def __init__(
+        self,
+        engines: Sequence[Engine],
+        transport: Transport,
+        *,
+        tensor_parallel: int = 1,
+        address: str = "127.0.0.1",
+    ) -> None:
+        """`address`: that of this machine at which the engines reach it."""
+        self._address = address
         self._client = EngineClient(engines, tensor_parallel)
         self._source = StreamSource()
         self._transport = transport
@@ -65,8 +74,7 @@ class GpuSender:
             return IPCTrainerInitInfo(rank=0)
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-        address = "127.0.0.1"
-        return NCCLTrainerInitInfo(address, _free_port(address), self._world, rank=0)
+        return NCCLTrainerInitInfo(self._address, _free_port(self._address), self._world, rank=0)
 
 
 class EngineClient:

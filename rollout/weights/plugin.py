@@ -6,12 +6,14 @@ here and imported only when an engine with that backend is built.
 
 from __future__ import annotations
 
-BACKEND = "shm"
+RECEIVERS = {"shm": "ShmReceiver", "tcp": "TcpReceiver"}
+"""Transport -> its receiver in `rollout.weights.receiver`."""
 
 
 def register() -> None:
-    """Register the receiver of the `shm` transport with vLLM; calling it again changes nothing."""
+    """Register the receivers of our transports with vLLM; calling it again changes nothing."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-    if BACKEND not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(BACKEND, "rollout.weights.receiver", "ShmReceiver")
+    for transport, receiver in RECEIVERS.items():
+        if transport not in WeightTransferEngineFactory._registry:
+            WeightTransferEngineFactory.register_engine(transport, "rollout.weights.receiver", receiver)

@@ -23,13 +23,14 @@ def expected_digests(delivery: Delivery) -> dict[str, str]:
     return digests
 
 
-def check_proofs(delivery: Delivery, reports: Sequence[dict[str, Any]]) -> None:
+def check_proofs(delivery: Delivery, reports: Sequence[dict[str, Any]], first: int = 0) -> None:
     """Every tensor sent must have been read back, wherever it was installed, and be what was sent.
 
-    Raises ProbeError, naming the worst module, when an engine holds something else or proves nothing.
+    `first`: number of the first engine. Raises ProbeError, naming the worst module, when one holds something
+    else or proves nothing.
     """
     expected = expected_digests(delivery)
-    for index, report in enumerate(reports):
+    for index, report in enumerate(reports, first):
         proofs = [Proof(**proof) for proof in report.get("proofs", ())]
         silent = expected.keys() - {proof.name for proof in proofs}
         if silent:

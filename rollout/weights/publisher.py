@@ -12,6 +12,7 @@ What is checked, in this order:
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -20,12 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from rollout.engine import Engine
+from rollout.restarts import RestartingEngine
 from rollout.weights.config import Transport, WeightsConfig
 from rollout.weights.delivery import Delivery, Sender, WeightSource, on_each
 from rollout.weights.errors import ProbeError, WeightTransferError, listed
 from rollout.weights.probe import Gap, Scores, gap, stood_still
 from rollout.weights.proof import check_proofs
-from rollout.weights.shm import ShmSender
+from rollout.weights.shm import SegmentSender, ShmSender
+from rollout.weights.tcp import TcpSender
 from rollout.weights.watch import Change, SourceWatch
 
 Score = Callable[[Sequence[list[int]]], Scores]
@@ -47,7 +50,8 @@ class PublishReport:
     """Mean |learner - engine| log-prob on the probe, in nats; of the worst engine."""
     gap_max: float
     seconds: dict[str, float] = field(default_factory=dict)
-    """`gather` (the source), `transfer` (copy), `install`; verification: `hash`, `readback`, `probe`."""
+    """`gather` (the source), `transfer` (copy and network), `install`; verification: `hash`, `readback`,
+    `probe`."""
 
     def metrics(self) -> dict[str, float]:
         """By name, for the trackers."""
@@ -82,6 +86,8 @@ class Publisher:
         *,
         on_gpu: bool = False,
         shares_gpu: bool = False,
+        one_machine: bool = True,
+        address: str = "127.0.0.1",
         tensor_parallel: int = 1,
         frozen: Collection[str] | None = None,
         folder: Path | None = None,
@@ -94,6 +100,8 @@ class Publisher:
             config: transport, tolerance and how much is read back.
             probe: token sequences of at least two tokens, see `rollout.weights.probe.probe_sequences`.
             on_gpu: whether the engines are on GPUs; `shares_gpu`: which the learner uses too.
+            one_machine: whether every engine can open this process's memory.
+            address: that of this machine at which the engines reach it.
             tensor_parallel: GPUs of one engine.
             frozen: Hugging Face names of tensors that training never changes; None when not known.
             folder: takes the transfer's file where memory is refused.
@@ -106,11 +114,17 @@ class Publisher:
             raise ValueError("A publisher needs an engine and a probe of sequences of at least two tokens.")
         self._engines = list(engines)
         self._config = config
-        transport = config.resolve(on_gpu=on_gpu, shares_gpu=shares_gpu)
-        self._sender = _sender(self._engines, config, transport, tensor_parallel, folder)
+        transport = config.resolve(on_gpu=on_gpu, shares_gpu=shares_gpu, one_machine=one_machine)
+        restarting = [engine for engine in self._engines if isinstance(engine, RestartingEngine)]
+        self._sender = _sender(
+            self._engines, config, transport, tensor_parallel, folder, address, renews=bool(restarting)
+        )
+        for index, engine in enumerate(restarting):
+            engine.renew = functools.partial(self._renew, index)
         self._watch = SourceWatch(frozen)
         self._learner_dtype = learner_dtype
         self._last: _Probed | None = None
+        self._staged: Delivery | None = None
         self.version = max(engine.weight_version for engine in engines)
         """The version in force."""
 
@@ -125,7 +139,7 @@ class Publisher:
             ProbeError: an engine holds something else than what the learner has. Do not go on.
         """
         version = self.version + 1
-        delivery = self._sender.stage(source, version)
+        delivery = self._staged = self._sender.stage(source, version)
         seconds = {"gather": 0.0, "transfer": 0.0, "hash": 0.0} | delivery.seconds
         with _added(seconds, "hash"):
             change = self._inspect(delivery)
@@ -147,6 +161,23 @@ class Publisher:
             gap_max=probed.worst.max,
             seconds=seconds,
         )
+
+    def _renew(self, index: int, engine: Engine) -> None:
+        """Bring the weights of now to engine `index`, which was started again, and prove it."""
+        delivery = self._staged
+        if delivery is None:  # nothing was published yet: it has loaded what the others have
+            return
+        assert isinstance(self._sender, SegmentSender)
+        report = self._sender.renew(engine, delivery)
+        if self._reads_back:
+            check_proofs(delivery, [report], first=index)
+        if (
+            self._last is not None and delivery.version == self.version
+        ):  # else `publish` probes it in a moment
+            found = gap(engine.score(self._probe), self._last.learner)
+            limit = self._config.limit(*self._dtypes(delivery))
+            if not found.mean <= limit:
+                raise ProbeError(self._beyond(index, found, limit, delivery, Change()))
 
     def close(self) -> None:
         """Release the channel; the engines stay."""
@@ -234,14 +265,26 @@ def _sender(
     transport: Transport,
     tensor_parallel: int,
     folder: Path | None,
+    address: str,
+    renews: bool,
 ) -> Sender:
-    if transport is Transport.shm:
-        return ShmSender(
-            engines, columns=config.readback_columns, skip_unchanged=config.skip_unchanged, folder=folder
+    if transport in (Transport.shm, Transport.tcp):
+        make = ShmSender if transport is Transport.shm else functools.partial(TcpSender, address=address)
+        return make(
+            engines,
+            columns=config.readback_columns,
+            skip_unchanged=config.skip_unchanged,
+            folder=folder,
+            renews=renews,
+        )
+    if renews:
+        raise ValueError(
+            f"rollout.restarts above 0 with weights.transport={transport}: an engine that was started again "
+            "cannot join its channel; set rollout.restarts=0."
         )
     from rollout.weights.gpu import GpuSender
 
-    return GpuSender(engines, transport, tensor_parallel=tensor_parallel)
+    return GpuSender(engines, transport, tensor_parallel=tensor_parallel, address=address)
 
 
 @contextlib.contextmanager
@@ -253,7 +296,7 @@ def _added(seconds: dict[str, float], phase: str) -> Iterator[None]:
 
 def _split_install(seconds: dict[str, float], reports: Sequence[dict[str, Any]]) -> None:
     """Take the engines' verification out of `install`; they work side by side, so the slowest counts."""
-    for phase in ("hash", "readback"):
+    for phase in ("transfer", "hash", "readback"):
         slowest = max(report.get(f"{phase}_seconds", 0.0) for report in reports)
         seconds[phase] = seconds.get(phase, 0.0) + slowest
         seconds["install"] -= slowest

@@ -19,13 +19,28 @@ from pathlib import Path
 import torch
 
 
-class Segment:
+class Memory:
+    """Bytes that hold tensors at offsets."""
+
+    bytes: torch.Tensor
+    """`[size]` uint8."""
+
+    def view(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """The tensor that lies at `offset`: `shape` of `dtype`, no copy."""
+        length = dtype.itemsize
+        for size in shape:
+            length *= size
+        return self.bytes[offset : offset + length].view(dtype).view(shape)
+
+
+class Segment(Memory):
     """`size` bytes shared between processes. Use `create` in the learner and `open` in an engine."""
 
     def __init__(self, mapping: mmap.mmap, path: str, kind: str, descriptor: int = -1) -> None:
         self._mapping = mapping
         self._descriptor = descriptor
         self._creator = os.getpid()
+        self._file = path if kind == "file" else ""
         self.path = path
         self.kind = kind
         """`memory`, or `file` where memory could not be had."""
@@ -69,12 +84,14 @@ class Segment:
         with open(path, "rb") as file:
             return cls(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ), path, "opened")
 
-    def view(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """The tensor that lies at `offset`: `shape` of `dtype`, no copy."""
-        length = dtype.itemsize
-        for size in shape:
-            length *= size
-        return self.bytes[offset : offset + length].view(dtype).view(shape)
+    def unlink(self) -> None:
+        """Leave no name in any folder: from now on processes open it through this one, until `seal`.
+
+        Linux only; elsewhere a file keeps its name until `seal`.
+        """
+        if self.kind == "file" and sys.platform == "linux":
+            self._remove_file()
+            self.path = f"/proc/{os.getpid()}/fd/{self._descriptor}"
 
     def seal(self) -> None:
         """Let no further process open it; those that did keep it."""
@@ -82,8 +99,12 @@ class Segment:
             return
         os.close(self._descriptor)
         self._descriptor = -1
-        if self.kind == "file":
-            Path(self.path).unlink(missing_ok=True)
+        self._remove_file()
+
+    def _remove_file(self) -> None:
+        if self._file:
+            Path(self._file).unlink(missing_ok=True)
+        self._file = ""
 
     def __del__(self) -> None:
         self.seal()

@@ -1,4 +1,4 @@
-"""The learner's end of the `shm` transport: one segment of shared memory, written once a publish.
+"""The learner's end of the `shm` transport: one segment of memory, written once a publish, that engines map.
 
 Its counterpart in the engine is `rollout.weights.receiver`. This module needs no vLLM.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,11 +22,12 @@ from rollout.weights.manifest import Entry, Manifest, content_digest, lay_out
 from rollout.weights.segment import Segment
 
 
-class ShmSender:
-    """Writes weights into a segment that all engines have mapped, then lets every engine install them.
+class SegmentSender(ABC):
+    """Writes weights into a segment that all engines can read, then lets every engine install them.
 
     The segment is made at the first publish and used for all later ones: its pages stay warm, and it has no
-    name that could outlive the run."""
+    name that could outlive the run. How engines come to read it is the transport's: `ShmSender`, or
+    `rollout.weights.tcp.TcpSender`."""
 
     verifies = True
 
@@ -37,13 +39,19 @@ class ShmSender:
         skip_unchanged: bool = False,
         folder: Path | None = None,
         in_memory: bool = True,
+        renews: bool = False,
     ) -> None:
-        """`columns`: see `Manifest.columns`. `folder` and `in_memory`: see `Segment.create`."""
+        """`columns`: see `Manifest.columns`. `folder` and `in_memory`: see `Segment.create`.
+
+        `renews`: whether engines may be started again and then need the channel anew (see `renew`).
+        """
         self._engines = engines
         self._columns = columns
         self._skip_unchanged = skip_unchanged
         self._folder = folder
         self._in_memory = in_memory
+        self._renews = renews
+        self._channel: dict[str, Any] = {}
         self._segment: Segment | None = None
         self._places: dict[str, Entry] = {}
 
@@ -69,24 +77,42 @@ class ShmSender:
 
     def install(self, delivery: Delivery) -> list[dict[str, Any]]:
         """Every engine verifies, installs and reads back. Raises WeightTransferError when one refuses."""
-        info = {"manifest": delivery.manifest, "skip_unchanged": self._skip_unchanged}
+        info = self._update(delivery)
         try:
             return on_each(self._engines, lambda engine: engine.receive_weights(info, delivery.version))
         except WeightTransferError:
             self._segment = None  # its places may be those of a wrong source: the next one lays it out anew
             raise
 
+    def renew(self, engine: Engine, delivery: Delivery) -> dict[str, Any]:
+        """Open the channel to an engine that was started again and install the version staged last."""
+        engine.init_transfer(self._channel)
+        return engine.receive_weights(self._update(delivery), delivery.version)
+
     def close(self) -> None:
         """Let go of the segment; it is freed when the engines have too."""
+        self._withdraw()
         self._segment = None
 
+    @abstractmethod
+    def _offer(self, segment: Segment) -> dict[str, Any]:
+        """Let engines read the segment; what they need to know for it."""
+
+    @abstractmethod
+    def _withdraw(self) -> None:
+        """Let no further engine read it."""
+
+    def _update(self, delivery: Delivery) -> dict[str, Any]:
+        return {"manifest": delivery.manifest, "skip_unchanged": self._skip_unchanged}
+
     def _open(self, source: WeightSource) -> None:
-        """Make a segment that fits the source and have every engine map it."""
+        """Make a segment that fits the source and open the channel to every engine."""
         self._places, size = lay_out((name, tuple(tensor.shape), tensor.dtype) for name, tensor in source)
         segment = Segment.create(size, self._folder, in_memory=self._in_memory)
-        info = {"path": segment.path, "size": size}
-        on_each(self._engines, lambda engine: engine.init_transfer(info))
-        segment.seal()
+        self._channel = self._offer(segment)
+        on_each(self._engines, lambda engine: engine.init_transfer(self._channel))
+        if not self._renews:
+            segment.seal()
         self._segment = segment
 
     def _write(self, name: str, tensor: Tensor, delivery: Delivery) -> None:
@@ -107,3 +133,15 @@ class ShmSender:
         delivery.sent[name] = view
         delivery.seconds["transfer"] += copied - started
         delivery.seconds["hash"] += time.perf_counter() - copied
+
+
+class ShmSender(SegmentSender):
+    """Engines on this machine map the segment itself."""
+
+    def _offer(self, segment: Segment) -> dict[str, Any]:
+        if self._renews:
+            segment.unlink()
+        return {"path": segment.path, "size": len(segment.bytes)}
+
+    def _withdraw(self) -> None:
+        """The segment is sealed when it is let go of."""

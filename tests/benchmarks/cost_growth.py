@@ -273,7 +273,7 @@ def generation_points(points: Sequence[Point], threads: int) -> list[Json]:
 
     from rlhf.tiny_models import build_tiny
     from rollout.child_engine import ChildEngine
-    from rollout.vllm_engine import EngineSpec
+    from rollout.engine_spec import EngineSpec
 
     found: list[Json] = []
     for shape in dict.fromkeys(point.shape for point in points):

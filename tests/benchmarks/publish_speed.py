@@ -21,7 +21,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from rollout.vllm_engine import EngineSpec, VllmEngine
+from rollout.engine_spec import EngineSpec
+from rollout.vllm_engine import VllmEngine
 from rollout.weights.config import WeightsConfig
 from rollout.weights.probe import gap, probe_sequences
 from rollout.weights.publisher import Publisher

@@ -168,7 +168,8 @@ def _defaults(model: Path) -> Callable[[int], int]:
 def _ours(row: Row, model: Path) -> Callable[[int], int]:
     from rollout.child_engine import ChildEngine
     from rollout.engine import Request, Sampling
-    from rollout.vllm_engine import EngineSpec, VllmEngine
+    from rollout.engine_spec import EngineSpec
+    from rollout.vllm_engine import VllmEngine
 
     spec = EngineSpec(**{"model": str(model), "max_model_len": PROMPT + RESPONSE, **row.spec})
     if row.vllm_sampler:

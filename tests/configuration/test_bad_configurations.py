@@ -141,6 +141,10 @@ CASES = [
         "rollout.process=inprocess cannot generate while the learner works, as loop.staleness=1 asks: set rollout.process=child.",
     ),
     (
+        [*AHEAD, "loop.inflight_updates=true", "rollout.restarts=2"],
+        "rollout.restarts=2 makes the round of a lost engine again under one version, and loop.inflight_updates=true mixes two in it: set one of them off.",
+    ),
+    (
         [*AHEAD, "algorithm.old_logprobs=current", "loop.mini_batch=0"],
         "algorithm.old_logprobs=current is for fresh groups only, and loop.staleness=2 trains on older ones: set old_logprobs=recompute.",
     ),

@@ -174,6 +174,13 @@ def test_reference_page_is_current() -> None:
     assert page.read_text() == markdown(), "run: python -m rlhf.config_reference > docs/configuration.md"
 
 
+def test_generating_ahead_is_explained() -> None:
+    lead = "engines generate up to 2 step(s) ahead of the learner (loop.staleness)"
+    overrides = ["loop.staleness=2", "rollout.process=child"]
+    assert lead in explain("dapo/tiny", load("dapo/tiny", overrides))
+    assert "ahead of the learner" not in explain("dapo/tiny", load("dapo/tiny"))
+
+
 def test_names_that_others_rely_on() -> None:
     names = {name for name, _, _ in keys()}
     assert {

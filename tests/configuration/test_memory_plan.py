@@ -11,7 +11,7 @@ import pytest
 from rlhf.compose import load
 from rlhf.memory_plan import KNOWN, plan_memory
 from rlhf.models import SMOLLM2
-from rollout.vllm_engine import EngineSpec, kv_cache_bytes
+from rollout.engine_spec import EngineSpec, kv_cache_bytes
 from trainer.memory.estimate import KEPT_BYTES
 
 SIZES = {

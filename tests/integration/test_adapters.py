@@ -15,6 +15,7 @@ from rlhf import loop, pipeline
 from rlhf.compose import load
 from rlhf.errors import RunStoppedError
 from rollout.errors import EngineDied
+from rollout.host import LocalHost
 from tests.adapters.test_lora import lora_learner
 from tests.trainer.samples import Reinforce, tiny_model
 from trainer.config import Device, LearnerConfig
@@ -120,6 +121,7 @@ def frozen(learner: Learner) -> Any:
     engine: Any = SimpleNamespace(weight_version=0, init_transfer=lambda info: None)
     config = load(TINY)
     placement = pipeline._placement(config)
-    publisher = pipeline._publisher(config, [engine], [[1, 2]], learner, placement, Path("unused"))
+    host, folder = LocalHost(), Path("unused")
+    publisher = pipeline._publisher(config, [engine], [[1, 2]], learner, placement, host, folder)
     publisher.close()
     return publisher._watch._frozen

@@ -20,8 +20,8 @@ import pytest
 from rollout.child_engine import Answers, ChildEngine, _environment, kernel_kills, sender
 from rollout.engine import Request, Sampling
 from rollout.engine_server import portable
+from rollout.engine_spec import EngineSpec
 from rollout.errors import EngineDied, EngineError, EngineOutOfMemory
-from rollout.vllm_engine import EngineSpec
 
 if TYPE_CHECKING:
     from rollout.vllm_engine import VllmEngine
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 DRIVER = """
 import sys, time
 from rollout.child_engine import ChildEngine
-from rollout.vllm_engine import EngineSpec
+from rollout.engine_spec import EngineSpec
 engine = ChildEngine(EngineSpec(model=sys.argv[1], dtype="float32", max_model_len=64, eager=True, threads=1))
 print(engine.pid, flush=True)
 time.sleep(600)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -10,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from rollout.config import EngineDtype, EngineProcess, RolloutConfig
+from rollout.config import EngineDtype, EngineProcess, PoolKind, RayConfig, RolloutConfig
 from rollout.engine import Completion, Request, Sampling
 from rollout.errors import EngineDied
-from rollout.pool import Draw, LocalPool, build_engines
+from rollout.pool import Draw, LocalPool, build_engines, open_host
 from rollout.types import FinishReason, Prompt, VersionSpan, sample_seed
 
 if TYPE_CHECKING:
@@ -204,6 +205,13 @@ def test_an_engine_that_cannot_load_closes_all(tmp_path: Path) -> None:
         build_engines(RolloutConfig(engines=2), model=str(tmp_path), length=64)
 
 
+def test_ray_that_is_not_installed_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "rollout.ray_host", raising=False)
+    with pytest.raises(ValueError, match=r"^rollout\.pool=ray needs the package ray, .* use rollout"):
+        open_host(RolloutConfig(pool=PoolKind.ray))
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -224,6 +232,23 @@ def test_an_engine_that_cannot_load_closes_all(tmp_path: Path) -> None:
             {"engines": 2, "process": EngineProcess.inprocess},
             "rollout.engines=2 with rollout.process=inprocess: one process holds one engine; "
             "use rollout.process=child.",
+        ),
+        ({"restarts": -1}, "rollout.restarts=-1 must be at least 0: raise it."),
+        (
+            {"restarts": 2, "process": EngineProcess.inprocess},
+            "rollout.restarts=2 with rollout.process=inprocess: that engine ends with the run; "
+            "use rollout.process=child.",
+        ),
+        (
+            {"pool": PoolKind.ray, "process": EngineProcess.inprocess},
+            "rollout.pool=ray with rollout.process=inprocess: an engine on Ray has a process of its own; "
+            "use rollout.process=child.",
+        ),
+        ({"ray": RayConfig(wait_s=0)}, "rollout.ray.wait_s=0 must be above 0: raise it."),
+        (
+            {"ray": RayConfig(address="ray://head:10001")},
+            "rollout.ray.address=ray://head:10001 is a Ray client's: run on a node of the cluster and "
+            "give the head's host:port, or auto.",
         ),
     ],
 )

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from rollout.engine import Request, Sampling
+from rollout.engine_spec import EngineSpec, kv_cache_bytes, max_positions
 from rollout.types import FinishReason, VersionSpan
-from rollout.vllm_engine import EngineSpec, VllmEngine, _engine_length, kv_cache_bytes, max_positions
+from rollout.vllm_engine import VllmEngine, _engine_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast

@@ -43,7 +43,7 @@ def test_versions_are_compared_with_the_lock(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["cpu.txt", "gpu.txt", "dev.txt"])
+@pytest.mark.parametrize("name", ["cpu.txt", "gpu.txt", "ray.txt", "dev.txt"])
 def test_every_requirement_is_pinned(name: str) -> None:
     lines = [line for line in (ROOT / "requirements" / name).read_text().splitlines() if line[:1].isalnum()]
     assert all("==" in line and "+" not in line and "://" not in line for line in lines)

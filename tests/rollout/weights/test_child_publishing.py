@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from rollout.child_engine import ChildEngine
-from rollout.vllm_engine import EngineSpec
-from rollout.weights.config import WeightsConfig
+from rollout.engine_spec import EngineSpec
+from rollout.weights.config import Transport, WeightsConfig
 from rollout.weights.errors import WeightTransferError
 from rollout.weights.publisher import Publisher
-from rollout.weights.shm import ShmSender
+from rollout.weights.shm import SegmentSender, ShmSender
+from rollout.weights.tcp import TcpSender
 from tests.rollout.weights.learners import PlainLearner, sequences
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -23,6 +24,17 @@ PROBE = sequences()
 
 @pytest.fixture(scope="module")
 def child(tiny_llama: Path) -> Iterator[ChildEngine]:
+    """An engine that maps the learner's segment."""
+    yield from started(tiny_llama, "shm")
+
+
+@pytest.fixture(scope="module")
+def remote(tiny_llama: Path) -> Iterator[ChildEngine]:
+    """One that reads it over the network."""
+    yield from started(tiny_llama, "tcp")
+
+
+def started(tiny_llama: Path, transport: str) -> Iterator[ChildEngine]:
     spec = EngineSpec(
         model=str(tiny_llama),
         dtype="bfloat16",
@@ -31,7 +43,7 @@ def child(tiny_llama: Path) -> Iterator[ChildEngine]:
         kv_cache_bytes=32 << 20,
         threads=1,
         eager=True,
-        transport="shm",
+        transport=transport,
     )
     engine = ChildEngine(spec)
     yield engine
@@ -45,9 +57,29 @@ def test_updates_arrive_and_damage_is_refused(
     learner = PlainLearner(tiny_llama, torch.bfloat16)
     publisher = Publisher([child], WeightsConfig(), PROBE, frozen=(), folder=tmp_path)
     publisher._sender = sender = ShmSender([child], columns=32, folder=tmp_path, in_memory=in_memory)
-    publisher.publish(learner.weights(), learner.score)
+    publish_and_damage(publisher, sender, child, learner)
     assert sender.kind == ("memory" if in_memory else "file")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_same_over_the_network(remote: ChildEngine, tiny_llama: Path, tmp_path: Path) -> None:
+    learner = PlainLearner(tiny_llama, torch.bfloat16)
+    config = WeightsConfig(transport=Transport.tcp, skip_unchanged=True)
+    publisher = Publisher([remote], config, PROBE, frozen=(), folder=tmp_path)
+    assert isinstance(publisher._sender, TcpSender)
+    publish_and_damage(publisher, publisher._sender, remote, learner)
+    publisher.close()
+    version = remote.weight_version
+    with pytest.raises(WeightTransferError, match=r"did not arrive from 127\.0\.0\.1:\d+ \(.*refused"):
+        publisher._sender.install(publisher._sender.stage(learner.weights(), version + 1))
+    assert remote.weight_version == version
+
+
+def publish_and_damage(
+    publisher: Publisher, sender: SegmentSender, child: ChildEngine, learner: PlainLearner
+) -> None:
+    """Three versions arrive, are read back and scored; a fourth is damaged and refused."""
+    publisher.publish(learner.weights(), learner.score)
     tensors = len(learner.weights())
     for _ in range(2):
         before = child.score(PROBE)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rollout.child_engine import ChildEngine
-from rollout.vllm_engine import EngineSpec
+from rollout.engine_spec import EngineSpec
 from rollout.weights.config import WeightsConfig
 from rollout.weights.publisher import Publisher
 from tests.rollout.weights.learners import PlainLearner, sequences

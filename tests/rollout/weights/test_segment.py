@@ -113,3 +113,16 @@ def test_a_view_is_typed_and_shaped() -> None:
     segment = Segment.create(4096)
     segment.view(64, (2, 3), torch.bfloat16).copy_(torch.arange(6).view(2, 3))
     assert segment.bytes[64 : 64 + 12].view(torch.bfloat16).tolist() == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux opens memory through another process")
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_an_unlinked_segment_can_be_opened_until_it_is_sealed(tmp_path: Path, in_memory: bool) -> None:
+    segment = Segment.create(SIZE, tmp_path, in_memory=in_memory)
+    segment.bytes.fill_(7)
+    segment.unlink()
+    assert list(tmp_path.iterdir()) == []
+    assert int(Segment.open(segment.path, SIZE).bytes.sum()) == 7 * SIZE
+    segment.seal()
+    with pytest.raises(OSError, match="No such file"):
+        Segment.open(segment.path, SIZE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import subprocess
 import sys
 
@@ -79,6 +80,16 @@ def test_tolerances_go_by_format() -> None:
     assert WeightsConfig(tolerance=0.5).limit("float32", "bfloat16") == 0.5
 
 
+def test_engines_that_cannot_open_the_learners_memory_read_it_over_the_network() -> None:
+    assert WeightsConfig().resolve(one_machine=False) is Transport.tcp
+    assert WeightsConfig(transport=Transport.tcp).resolve() is Transport.tcp
+    sentence = "weights.transport=shm cannot serve engines on a CPU of another machine: use tcp or auto."
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        WeightsConfig(transport=Transport.shm).resolve(one_machine=False)
+    with pytest.raises(ValueError, match="tcp cannot serve engines on a GPU of their own: use nccl or auto"):
+        WeightsConfig(transport=Transport.tcp).resolve(on_gpu=True)
+
+
 @pytest.mark.parametrize("kind", [WeightTransferError, ProbeError])
 def test_errors_cross_processes(kind: type[Exception]) -> None:
     assert str(pickle.loads(pickle.dumps(kind("what happened")))) == "what happened"
@@ -87,15 +98,14 @@ def test_errors_cross_processes(kind: type[Exception]) -> None:
 def test_plugin_is_light_and_can_be_called_again() -> None:
     program = (
         "import sys\n"
-        "from rollout.weights.plugin import BACKEND, register\n"
+        "from rollout.weights.plugin import RECEIVERS, register\n"
         "register(); register()\n"
         "from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory as factory\n"
-        "assert list(factory._registry).count(BACKEND) == 1\n"
         "heavy = {'trainer', 'hydra', 'rollout.weights.receiver'} & set(sys.modules)\n"
         "print(sorted(heavy))\n"
-        "print(factory._registry[BACKEND]().__name__)\n"
+        "print([factory._registry[transport]().__name__ for transport in RECEIVERS])\n"
     )
     pytest.importorskip("vllm", reason="vLLM is not installed")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-2:] == ["[]", "ShmReceiver"]
+    assert done.stdout.splitlines()[-2:] == ["[]", "['ShmReceiver', 'TcpReceiver']"]
