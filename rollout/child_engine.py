@@ -224,6 +224,7 @@ class ChildEngine:
         with self._sending:
             self._wait_ready()
             number = next(self._numbers)
+            self._answers.expect(number)
             try:
                 self._connection.send((number, name, arguments))
             except OSError:
@@ -274,6 +275,11 @@ class Answers:
         self._reading = False
         self._arrived: dict[int, tuple[bool, Any]] = {}
         self._awaited: set[int] = set()
+
+    def expect(self, number: int) -> None:
+        """Keep the answer to call `number`, also when it comes before `take`: call this before sending."""
+        with self._changed:
+            self._awaited.add(number)
 
     def take(self, number: int, connection: Connection) -> tuple[bool, Any]:
         """The answer to call `number`; those to calls that an interrupt gave up are passed over.

@@ -47,8 +47,8 @@ def test_the_overlap_against_the_ideal() -> None:
     assert lines[-1] == "ideal step: 6 s (1.67 x)"
 
 
-def test_the_quick_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_quick_form(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     main(["--quick", "--out", str(tmp_path)])
-    printed = capsys.readouterr().out.splitlines()
+    printed = capfd.readouterr().out.splitlines()
     assert [line.split(" | ")[0].removeprefix("| ") for line in printed[2:5]] == [arm.name for arm in ARMS]
     assert printed[-1].startswith("ideal step: ")

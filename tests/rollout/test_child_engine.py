@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,6 +99,23 @@ def test_an_interrupted_call_does_not_confuse_the_next(child: ChildEngine) -> No
     """The answer to a call that Ctrl-C gave up arrives later and is passed over."""
     child._connection.send((next(child._numbers), "score", ([[1, 2, 3, 4]], 1.0)))
     assert child.memory()["kv_cache"] > 0
+
+
+def test_an_answer_that_comes_before_its_taker_is_kept_and_others_are_not() -> None:
+    """A thread that waits for a round reads the answers to shorter calls too."""
+    ours, theirs = Pipe()
+    answers = Answers()
+    for number in (1, 2):
+        answers.expect(number)
+    for number in (7, 2, 1):
+        theirs.send((number, True, f"answer {number}"))
+    assert answers.take(1, ours) == (True, "answer 1")
+    assert answers.take(2, ours) == (True, "answer 2")
+    assert not answers._arrived
+    assert not answers._awaited
+    theirs.close()
+    with pytest.raises(EOFError):
+        answers.take(3, ours)
 
 
 def test_an_exception_that_pickle_cannot_rebuild_travels_as_text() -> None:
