@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import logging
 import signal
-import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 from rlhf import faults, initial_weights, models
 from rlhf.algorithms.losses import build_loss
 from rlhf.config import Config
-from rlhf.errors import UserError, clear_sentences
+from rlhf.errors import RunStoppedError, UserError, clear_sentences
 from rlhf.interruption import SIGNALS
 from rlhf.models import ResolvedModel
 from rlhf.preflight import check_ranks
@@ -32,10 +31,6 @@ from trainer.learner import Learner, device_of
 from trainer.parallel.leader import LeadingLearner, call_to_build, follow, wait_to_build
 from trainer.parallel.mesh import Team, is_broken
 from trainer.parallel.world import World
-
-LINGER_SECONDS = 120.0
-"""How long a rank that failed stays, while rank 0 closes the run, writes its report and says why: torchrun
-ends all ranks when the first one fails, this one too once rank 0 has."""
 
 
 @contextmanager
@@ -86,23 +81,26 @@ def _ranked(team: Team, *arguments: Any, **options: Any) -> Learner:
 
 
 def follow_config(config: Config) -> int:
-    """All that a rank above 0 does; returns its exit status, 1 when it failed or rank 0 ended too early.
+    """All that a rank above 0 does; returns its exit status.
 
-    What its part of the learner raises is told to rank 0, which says it. Signals are rank 0's to answer.
+    Signals are rank 0's to answer. What fails here is rank 0's to say: it is left in the ranks' store, and
+    the end of this process breaks the connections on which rank 0 waits. Over gloo the status is 0 all the
+    same, for at any other torchrun would end rank 0 before it has closed the run and said why. Between GPUs
+    rank 0 may wait forever, so there the sentence is printed here and torchrun ends everybody.
     """
     with joined(config) as team:
         assert team is not None
-        handlers = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
         try:
             _follow(config, team)
         except Exception as error:
-            if not is_broken(error):  # else another rank failed, and says so itself
-                team.report_failure(f"rank {team.rank} of the learner failed: {_sentence(error, config)}")
-            team.leave()
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-            time.sleep(LINGER_SECONDS)
-            return 1
+            if is_broken(error):  # another rank failed, and says so itself
+                return 0 if team.notices else 1
+            said = f"rank {team.rank} of the learner failed: {_sentence(error, config)}"
+            team.report_failure(said)
+            if not team.notices:
+                raise RunStoppedError(said) from error
     return 0
 
 

@@ -113,7 +113,7 @@ learner/grad_norm | norm | gradient norm before clipping
 learner/lr | rate | learning rate of the step
 learner/optimizer_steps | steps | optimizer steps since the start of the run
 learner/skipped_steps | steps | optimizer steps dropped so far (`learner.on_nonfinite=skip`)
-learner/micro_batches | batches | packed micro-batches of an optimizer step
+learner/micro_batches | batches | packed micro-batches of an optimizer step, on the rank that has most
 learner/tokens | tokens | tokens computed, shared prompts counted once
 learner/prompt_saving | share | tokens saved by computing a group's prompt once
 

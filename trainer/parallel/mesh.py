@@ -63,6 +63,11 @@ class Team:
         """Whether this is rank 0."""
         return self.rank == LEADER
 
+    @property
+    def notices(self) -> bool:
+        """Whether a collective fails as soon as another rank has ended: gloo's do, NCCL's need not."""
+        return self._mesh.device_type == "cpu"
+
     def share(self, rank: int) -> int:
         """Which share of the rows a rank learns from, `0..size-1`."""
         return rank // self.tensor
