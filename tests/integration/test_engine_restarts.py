@@ -21,7 +21,7 @@ from tests.integration.test_resumed_runs import RUN, outcome
 
 CHILD = [*RUN, "rollout.process=child"]
 
-UNEVALUATED = ["evaluation.every=0", "evaluation.at_end=false"]
+UNEVALUATED = ["evaluation.at_start=false", "evaluation.every=0", "evaluation.at_end=false"]
 
 
 @pytest.fixture(scope="module")
