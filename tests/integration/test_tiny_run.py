@@ -26,6 +26,13 @@ OPTIONAL = {
     "memory/device_allocated": "CUDA",
     "memory/device_peak": "CUDA",
     "tracking/failures": "a tracker that failed",
+    "rollout/engine_restarts": "rollout.restarts",
+    "ahead/rollout_seconds": "loop.staleness",
+    "ahead/reward_seconds": "loop.staleness",
+    "ahead/wait_seconds": "loop.staleness",
+    "ahead/bound_seconds": "loop.staleness",
+    "ahead/other_seconds": "loop.staleness",
+    "ahead/ready": "loop.staleness",
 }
 """Rows of the naming table that this run does not write, and what would."""
 

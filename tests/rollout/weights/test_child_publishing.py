@@ -57,8 +57,9 @@ def test_updates_arrive_and_damage_is_refused(
     learner = PlainLearner(tiny_llama, torch.bfloat16)
     publisher = Publisher([child], WeightsConfig(), PROBE, frozen=(), folder=tmp_path)
     publisher._sender = sender = ShmSender([child], columns=32, folder=tmp_path, in_memory=in_memory)
-    publish_and_damage(publisher, sender, child, learner)
+    publisher.publish(learner.weights(), learner.score)
     assert sender.kind == ("memory" if in_memory else "file")
+    publish_and_damage(publisher, sender, child, learner)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -66,13 +67,17 @@ def test_the_same_over_the_network(remote: ChildEngine, tiny_llama: Path, tmp_pa
     learner = PlainLearner(tiny_llama, torch.bfloat16)
     config = WeightsConfig(transport=Transport.tcp, skip_unchanged=True)
     publisher = Publisher([remote], config, PROBE, frozen=(), folder=tmp_path)
-    assert isinstance(publisher._sender, TcpSender)
-    publish_and_damage(publisher, publisher._sender, remote, learner)
-    publisher.close()
+    sender = publisher._sender
+    assert isinstance(sender, TcpSender)
+    publish_and_damage(publisher, sender, remote, learner)
+    publisher.publish(learner.weights(), learner.score)  # in a new segment, after one that was refused
+    sender._withdraw()
+    learner.update()
     version = remote.weight_version
     with pytest.raises(WeightTransferError, match=r"did not arrive from 127\.0\.0\.1:\d+ \(.*refused"):
-        publisher._sender.install(publisher._sender.stage(learner.weights(), version + 1))
+        sender.install(sender.stage(learner.weights(), version + 1))
     assert remote.weight_version == version
+    publisher.close()
 
 
 def publish_and_damage(
@@ -89,6 +94,7 @@ def publish_and_damage(
         assert report.read_back == tensors + 1  # the tied head too
         assert child.score(PROBE) != before
     before, version = child.score(PROBE), child.weight_version
+    learner.update()  # what has not changed may not be sent at all
     delivery = sender.stage(learner.weights(), version + 1)
     name = "model.layers.0.mlp.down_proj.weight"
     delivery.sent[name].view(torch.uint8)[3, 3] ^= 128
