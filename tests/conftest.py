@@ -67,16 +67,17 @@ def _tiny(kind: str, factory: pytest.TempPathFactory) -> Path:
     return build_tiny(kind, factory.mktemp("tiny") / kind)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def engine(tiny_llama: Path) -> Iterator[VllmEngine]:
-    """One in-process vLLM engine on `tiny_llama` in float32, shared by the session (a start takes seconds).
+    """One in-process vLLM engine on `tiny_llama` in float32, shared by the module (a start takes seconds).
 
-    A test that publishes weights into it must put the first ones back.
+    Not by the session: tests of other modules build engines in the same process, and vLLM's process groups
+    do not survive the end of one of them. A test that publishes weights into it must put the first ones back.
     """
     yield from _engine(tiny_llama, "float32")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def bfloat16_engine(tiny_qwen: Path) -> Iterator[VllmEngine]:
     """The same on `tiny_qwen` in bfloat16."""
     yield from _engine(tiny_qwen, "bfloat16")
