@@ -27,6 +27,17 @@ class MiniBatches:
     empty_responses: int
     """Responses without a token to learn from (masked, aborted or empty)."""
 
+    @property
+    def moved(self) -> list[Row]:
+        """Rows, each once, that are learned from after the first optimizer step has moved the policy.
+
+        The others meet the very policy that old log-probs are taken from, so their ratio is 1 by definition.
+        """
+        if len(self.batches) < 2:
+            return []
+        again = any(rows is self.batches[0] for rows in self.batches[1:])
+        return self.rows if again else self.rows[len(self.batches[0]) :]
+
 
 def assign_advantages(groups: Sequence[Group], algorithm: AlgorithmConfig) -> None:
     """Fill `advantage` of every trajectory from the rewards of the whole rollout (docs/dapo.md)."""

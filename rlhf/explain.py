@@ -193,7 +193,8 @@ def _entropy(algorithm: AlgorithmConfig) -> str:
 def _old(algorithm: AlgorithmConfig) -> str:
     return {
         OldLogprobs.current: "old log-probs: the learner's own at the update, no extra pass.",
-        OldLogprobs.recompute: "old log-probs: recomputed by the learner before the update, one more pass.",
+        OldLogprobs.recompute: "old log-probs: the learner's before the update, by one more pass "
+        "over all but the first mini-batch.",
         OldLogprobs.rollout: "old log-probs: the engine's; the ratio then holds the mismatch too.",
     }[algorithm.old_logprobs]
 

@@ -124,7 +124,7 @@ def fill_logprobs(run: Lesson, batches: MiniBatches) -> None:
     """Old and reference log-probs, where the algorithm needs a pass of their own for them."""
     algorithm = run.config.algorithm
     if algorithm.old_logprobs is OldLogprobs.recompute:
-        for row, values in zip(batches.rows, run.learner.logprobs(batches.rows), strict=True):
+        for row, values in zip(batches.moved, run.learner.logprobs(batches.moved), strict=True):
             row.old_logprobs = values
     elif algorithm.old_logprobs is OldLogprobs.rollout:
         for row in batches.rows:

@@ -61,6 +61,21 @@ def test_epochs_repeat_the_same_rows() -> None:
     assert len(built.rows) == 4
 
 
+def moved(prompts: int, mini_batch: int, epochs: int = 1) -> list[int]:
+    """Groups of the rows that want old log-probs of their own."""
+    groups = [group([trajectory(1)], str(i)) for i in range(prompts)]
+    loop = LoopConfig(prompts=prompts, group_size=1, mini_batch=mini_batch, epochs=epochs)
+    return [row.group for row in mini_batches(groups, AlgorithmConfig(), loop, 4).moved]
+
+
+def test_old_logprobs_are_wanted_where_the_policy_has_moved() -> None:
+    assert moved(4, 4) == []
+    assert moved(6, 2) == [2, 3, 4, 5]
+    assert moved(4, 2, epochs=2) == [0, 1, 2, 3]
+    assert moved(3, 3, epochs=2) == [0, 1, 2]
+    assert mini_batches([], AlgorithmConfig(), LoopConfig(prompts=2), 4).moved == []
+
+
 def test_a_short_or_empty_rollout() -> None:
     groups = [group([trajectory(1)], str(i)) for i in range(3)]
     loop = LoopConfig(prompts=4, group_size=1, mini_batch=2)
