@@ -111,12 +111,8 @@ def test_weights_and_optimizer_states_can_move() -> None:
     assert rank_memory(SMOLLM2, tokens=1, shards=2).state == (4 + 8) * size / 2
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_an_estimate_is_within_a_fifth_of_the_measured_peak(ranks: int) -> None:
-    """88 million parameters in bf16 with AdamW, each rank a process of its own."""
-    if ranks == 1:
-        expected = learner_memory(measured.SHAPE, tokens=measured.TOKENS)
-    else:
-        expected = rank_memory(measured.SHAPE, tokens=measured.TOKENS, shards=ranks)
-    for rank in measured.measured({}, ranks):
-        assert expected.total == pytest.approx(rank.peak, rel=0.2)
+def test_an_estimate_is_within_a_fifth_of_the_measured_peak() -> None:
+    """88 million parameters in bf16 with AdamW, in a process of its own."""
+    expected = learner_memory(measured.SHAPE, tokens=measured.TOKENS)
+    (alone,) = measured.measured({})
+    assert expected.total == pytest.approx(alone.peak, rel=0.2)
