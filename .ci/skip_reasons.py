@@ -13,6 +13,7 @@ EXPECTED = {
     "mlflow is not installed",
     "trackio is not installed",
     "ray is not installed",
+    "bitsandbytes is not installed",
     "mounting is not permitted",
     "no private mounts",
 }

@@ -230,6 +230,7 @@ def _show_log() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of 4-bit products, which nothing uses
     for package in ("rlhf", "rollout", "trainer", "adapters"):
         logging.getLogger(package).setLevel(logging.INFO)
 

@@ -16,6 +16,7 @@ from rlhf.tracking.config import TrackingConfig
 from rollout.config import EngineProcess, RolloutConfig
 from rollout.weights.config import Transport, WeightsConfig
 from trainer.config import LearnerConfig
+from trainer.memory.config import OffloadState
 
 
 class Section(Protocol):
@@ -250,6 +251,12 @@ def _ahead(config: Config) -> Iterator[str]:
         yield (
             f"algorithm.old_logprobs=current is for fresh groups only, and {lead} trains on older ones: set "
             "old_logprobs=recompute."
+        )
+    place = config.learner.memory.offload_state
+    if place is not OffloadState.never:
+        yield (
+            f"learner.memory.offload_state={place} frees the learner's memory while engines generate, and "
+            f"with {lead} it is learning then: set it to never."
         )
     corrected = algorithm.correction.level is not CorrectionLevel.off
     if algorithm.old_logprobs is OldLogprobs.recompute and not corrected:

@@ -14,6 +14,7 @@ from rlhf.algorithms.config import (
 )
 from rlhf.config import Config
 from rlhf.memory_plan import MemoryPlan, plan_memory
+from trainer.memory.config import OffloadState
 
 GB = 1e9
 
@@ -23,7 +24,7 @@ def explain(recipe: str, config: Config) -> str:
     sections = [
         ("What runs", _what(recipe, config)),
         ("Batch arithmetic", _arithmetic(config)),
-        ("Memory (estimate)", _memory(plan_memory(config))),
+        ("Memory (estimate)", _memory(config, plan_memory(config))),
         ("Algorithm", algorithm_sentences(config.algorithm, config.loop.optimizer_steps)),
     ]
     return "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections)
@@ -84,14 +85,25 @@ def _arithmetic(config: Config) -> list[str]:
     return lines
 
 
-def _memory(plan: MemoryPlan) -> list[str]:
+def _memory(config: Config, plan: MemoryPlan) -> list[str]:
     if plan.unknown:
         return [plan.unknown]
+    place = config.learner.memory.offload_state
     lines = []
-    learner = "learner" if plan.ranks == 1 else f"each of {plan.ranks} learner ranks"
+    learner = "the learner" if plan.ranks == 1 else f"each of {plan.ranks} learner ranks"
     for name, estimate in ((learner, plan.learner), ("one engine", plan.engine)):
         parts = ", ".join(f"{part} {size / GB:.2f}" for part, size in estimate.parts.items())
         lines.append(f"{name} {estimate.total / GB:.1f} GB: {parts}")
+    if plan.checkpoint:
+        lines.append(
+            f"rank 0 takes {plan.checkpoint / GB:.1f} GB of the host's memory besides while it writes or "
+            "reads a checkpoint"
+        )
+    if place is not OffloadState.never:
+        lines.append(
+            f"{plan.learner.state / GB:.2f} GB of {learner} lie on the {place} while engines generate "
+            "(learner.memory.offload_state)"
+        )
     lines.append(f"whole run {plan.total / GB:.1f} GB with {plan.engines} engine(s)")
     return lines
 

@@ -17,12 +17,13 @@ from rlhf.config import Config
 from rlhf.errors import RewardRaisedError, RunStoppedError, UserError
 from rollout.errors import EngineError
 from rollout.weights.errors import ProbeError, WeightTransferError
-from trainer.errors import NonFiniteError, RankError, asked_for, out_of_memory
+from trainer.errors import NonFiniteError, OffloadError, RankError, asked_for, out_of_memory
+from trainer.memory.config import ActivationCheckpointing
 
 TRACEBACK = "error.txt"
 """File in the run's folder: the traceback of what a user's own function raised."""
 
-_SENTENCES = (WeightTransferError, ProbeError, EngineError, NonFiniteError, RankError)
+_SENTENCES = (WeightTransferError, ProbeError, EngineError, NonFiniteError, OffloadError, RankError)
 """Errors that are one sentence already."""
 
 _DISK = {
@@ -99,8 +100,8 @@ def _learner_memory(error: BaseException, config: Config, phase: str) -> str:
     learner = config.learner
     asked = f", asking for {size} more" if (size := asked_for(error)) else ""
     remedies = [f"lower learner.token_budget={learner.token_budget}"]
-    if not learner.activation_checkpointing:
-        remedies.append("set learner.activation_checkpointing=true")
+    if learner.memory.activation_checkpointing is not ActivationCheckpointing.full:
+        remedies.append("set learner.memory.activation_checkpointing=full")
     if not learner.lora.rank:
         remedies.append("start anew with an adapter only (learner.lora.rank=16)")
     return f"the learner ran out of memory in the phase '{phase}'{asked}: {', or '.join(remedies)}."

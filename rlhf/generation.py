@@ -79,7 +79,8 @@ class Generation:
     sampling: Sampling
     scorer: Scorer
     learner: Learner
-    """Asked for log-probs when the reward holds a KL term, which generation ahead refuses."""
+    """Told to free its memory before a round, and asked for log-probs when the reward holds a KL term;
+    generation ahead refuses both."""
     decode: Decode
     updates: Callable[[], int]
     """Updates that the engines have installed."""
@@ -120,6 +121,7 @@ class Generation:
             )
             for pick in picks
         ]
+        self.learner.offload()
         return self.pool.generate(draws, self.sampling, born=self.updates(), decode=self.decode)
 
     def score(self, groups: list[Group]) -> dict[str, float]:

@@ -11,7 +11,14 @@ from rlhf.models import SMOLLM2, local_config
 from rollout.config import EngineProcess
 from rollout.engine_spec import automatic_cache_bytes
 from trainer.config import OptimizerName
-from trainer.memory.estimate import Estimate, ModelShape, engine_memory, learner_memory, rank_memory
+from trainer.memory.estimate import (
+    Estimate,
+    ModelShape,
+    checkpoint_memory,
+    engine_memory,
+    learner_memory,
+    rank_memory,
+)
 from trainer.parallel.world import World
 
 NOTHING = Estimate({})
@@ -21,14 +28,16 @@ KNOWN = {
     "Qwen/Qwen2.5-32B": ModelShape(5120, 64, 27648, 152064, 40, 8, 128, False),
 }
 """Dimensions of the models in shipped recipes, so that `explain` needs no download."""
-MOMENTS = {
-    OptimizerName.adamw: 2,
-    OptimizerName.schedulefree: 2,
-    OptimizerName.sgd: 1,
-    OptimizerName.muon: 1,
-    OptimizerName.lion: 1,
-    OptimizerName.adafactor: 0,
+STATE_BYTES = {
+    OptimizerName.adamw: 8.0,
+    OptimizerName.adamw_8bit: 2 * (1 + 4 / 256),
+    OptimizerName.schedulefree: 8.0,
+    OptimizerName.sgd: 4.0,
+    OptimizerName.muon: 4.0,
+    OptimizerName.lion: 4.0,
+    OptimizerName.adafactor: 0.0,
 }
+"""Bytes of optimizer state of a trained parameter: float32, or 8 bits and a float32 for every 256."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +49,14 @@ class MemoryPlan:
     engine: Estimate
     engines: int
     ranks: int = 1
+    checkpoint: float = 0.0
+    """Bytes that rank 0 of several takes besides while it writes or reads a checkpoint."""
     unknown: str = ""
     """Why there is no estimate; empty when there is one."""
 
     @property
     def total(self) -> float:
-        """Bytes of the whole run on one machine."""
+        """Bytes of the whole run on one machine while it learns."""
         return self.ranks * self.learner.total + self.engines * self.engine.total
 
 
@@ -58,6 +69,7 @@ def plan_memory(config: Config) -> MemoryPlan:
     width = 4 if learner.dtype.value == "float32" else 2
     rank = learner.lora.rank
     share = _lora_share(shape, rank) if rank else shape.trained_share(learner.freeze)
+    state_bytes = STATE_BYTES[learner.optimizer.name]
     parallel = learner.parallel
     apart = parallel.replicate * parallel.tensor
     ranks = max(World.from_environment().size, apart * max(1, parallel.shard))
@@ -66,14 +78,16 @@ def plan_memory(config: Config) -> MemoryPlan:
         shape,
         tokens=_tokens(config, ranks // parallel.tensor),
         compute_bytes=width,
-        moments=MOMENTS[learner.optimizer.name],
+        state_bytes=state_bytes,
         trained_share=share,
-        checkpointing=learner.activation_checkpointing,
+        checkpointing=learner.memory.activation_checkpointing,
         reference=config.algorithm.kl.coefficient > 0 and not rank,
     )
     spread = {"shards": ranks // apart, "split": parallel.tensor}
     estimate = build(master=width != 4) if ranks == 1 else build(**spread)
-    return MemoryPlan(estimate, _engine(config, shape), config.rollout.engines, ranks)
+    saving = functools.partial(checkpoint_memory, shape, trained_share=share, state_bytes=state_bytes)
+    copy = saving(compute_bytes=width) if ranks > 1 else 0.0
+    return MemoryPlan(estimate, _engine(config, shape), config.rollout.engines, ranks, copy)
 
 
 def _tokens(config: Config, ranks: int) -> int:

@@ -36,7 +36,7 @@ from rlhf.loop import Summary, train
 from rlhf.memory import MemoryMonitor
 from rlhf.models import ResolvedModel
 from rlhf.placement import Placement, place
-from rlhf.preflight import check_length, claim_run_folder, config_file, source_names
+from rlhf.preflight import check_length, check_packages, claim_run_folder, config_file, source_names
 from rlhf.resume import FolderLock
 from rlhf.rewards.base import Scorer
 from rlhf.rewards.config import RewardPartConfig
@@ -180,6 +180,7 @@ def build(
 ) -> Run:
     """Load all that a run needs, engines and learner side by side; close what was opened on failure."""
     transformers_logging.disable_progress_bar()
+    check_packages(config)
     config = _with_python_parts(config, reward, dataset)
     splits = load_splits(config.data, dataset)
     with ExitStack() as opened:

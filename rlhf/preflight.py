@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +15,22 @@ from rlhf.rewards.base import Scorer
 from rlhf.tracking.base import build as build_trackers
 from rollout.config import EngineProcess
 from rollout.engine_spec import max_positions
-from trainer.config import OptimizerName
+from trainer.config import NEEDS_BITSANDBYTES, OptimizerName
 from trainer.parallel.world import World
+
+_WHOLE_ONLY = {
+    OptimizerName.muon: "looks at whole matrices",
+    OptimizerName.adafactor: "looks at whole matrices",
+    OptimizerName.adamw_8bit: "scales blocks of whole matrices",
+}
+"""Optimizers that do not work on slices of the weights, and why."""
+
+
+def check_packages(config: Config) -> None:
+    """Refuse, with `UserError`, an optimizer whose package is not installed. Imports none."""
+    wanted = config.learner.optimizer.name is OptimizerName.adamw_8bit
+    if wanted and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(NEEDS_BITSANDBYTES)
 
 
 def check_ranks(config: Config, world: World) -> None:
@@ -28,9 +43,9 @@ def check_ranks(config: Config, world: World) -> None:
             f"learner.parallel.tensor=1."
         )
     optimizer = config.learner.optimizer.name
-    if degrees.shard * degrees.tensor > 1 and optimizer in (OptimizerName.muon, OptimizerName.adafactor):
+    if degrees.shard * degrees.tensor > 1 and optimizer in _WHOLE_ONLY:
         raise UserError(
-            f"learner.optimizer.name={optimizer} looks at whole matrices, which learner.parallel.shard="
+            f"learner.optimizer.name={optimizer} {_WHOLE_ONLY[optimizer]}, which learner.parallel.shard="
             f"{degrees.shard} and tensor={degrees.tensor} cut in slices: choose another, or set both to 1 "
             f"and learner.parallel.replicate={world.size}."
         )
@@ -44,6 +59,7 @@ def check_ranks(config: Config, world: World) -> None:
 def dry_run(config: Config, recipe: str) -> str:
     """Validate all that can be validated without a model; returns what would run. Writes nothing."""
     check_ranks(config, World.from_environment())
+    check_packages(config)
     folder = run_folder(config, recipe)
     with clear_sentences():
         models.check_local(config.model)

@@ -114,6 +114,7 @@ class Run:
         """One response to each prompt, for evaluation; its group ids never meet training's."""
         draws = [Draw(prompt=p, group_id=f"eval/{self.step}/{p.id}", samples=1) for p in prompts]
         with self.between_rounds():
+            self.learner.offload()
             return self.pool.generate(draws, sampling, born=self.step, decode=self.generation.decode)
 
     def weights(self) -> WeightStream:

@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from trainer.memory.config import ActivationCheckpointing, MemoryConfig
 from trainer.parallel.config import ParallelConfig
+
+NEEDS_BITSANDBYTES = (
+    "learner.optimizer.name=adamw_8bit needs the package bitsandbytes, which is not installed: pip install "
+    "'bitsandbytes>=0.50', or use learner.optimizer.name=adamw."
+)
 
 
 class OptimizerName(StrEnum):
@@ -13,6 +19,8 @@ class OptimizerName(StrEnum):
 
     adamw = "adamw"
     """Adam with decoupled weight decay (1711.05101), fused."""
+    adamw_8bit = "adamw_8bit"
+    """AdamW whose moments take 8 bits each, with a scale for every 256 (2110.02861); needs bitsandbytes."""
     sgd = "sgd"
     """Stochastic gradient descent; `betas[0]` is its momentum."""
     muon = "muon"
@@ -60,10 +68,11 @@ class OnNonfinite(StrEnum):
 
 @dataclass
 class OptimizerConfig:
-    """The optimizer. Its state and its copy of the weights are float32 whatever `learner.dtype` is."""
+    """The optimizer. Its copy of the weights is float32 whatever `learner.dtype` is, and so is its state, but
+    for `adamw_8bit`."""
 
     name: OptimizerName = OptimizerName.adamw
-    """`adamw`, `sgd`, `muon`, `lion`, `adafactor` or `schedulefree`."""
+    """`adamw`, `adamw_8bit`, `sgd`, `muon`, `lion`, `adafactor` or `schedulefree`."""
     lr: float = 1e-6
     """Learning rate after warm-up. LoRA wants about ten times that of full fine-tuning."""
     weight_decay: float = 0.0
@@ -117,6 +126,7 @@ class LearnerConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0 leaves them as they are."""
     on_nonfinite: OnNonfinite = OnNonfinite.stop
@@ -126,8 +136,6 @@ class LearnerConfig:
     """Packed tokens of a micro-batch: memory against speed, the gradient does not depend on it."""
     share_prompts: bool = True
     """Compute a group's prompt once, where the model's attention allows it."""
-    activation_checkpointing: bool = False
-    """Keep only layer inputs and compute layers again for the backward pass: slower, far less memory."""
     dtype: Precision = Precision.bfloat16
     """What the model computes in; master weights, gradients sums and the optimizer stay float32."""
     freeze: list[str] = field(default_factory=list)
@@ -163,7 +171,18 @@ class LearnerConfig:
             found.append(
                 f"learner.profile.steps={self.profile.steps} counts from 0: leave out negative steps."
             )
-        return found + self._check_lora() + self.parallel.check()
+        return (
+            found + self._check_compile() + self._check_lora() + self.parallel.check() + self.memory.check()
+        )
+
+    def _check_compile(self) -> list[str]:
+        if self.compile and self.memory.activation_checkpointing is ActivationCheckpointing.selective:
+            return [
+                "learner.memory.activation_checkpointing=selective picks single operations, and "
+                "learner.compile=true fuses them and picks by itself what to compute again: set it to none "
+                "or full."
+            ]
+        return []
 
     def _check_lora(self) -> list[str]:
         if not self.lora.rank:

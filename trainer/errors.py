@@ -18,6 +18,10 @@ class RankError(RuntimeError):
     """Another rank of the learner failed or is gone; one sentence."""
 
 
+class OffloadError(RuntimeError):
+    """What was to be put elsewhere between a learner's calls could not be; one sentence."""
+
+
 def described(error: BaseException) -> str:
     """An exception for use inside a sentence: its type and the first line of what it says, no full stop."""
     lines = str(error).strip().splitlines()

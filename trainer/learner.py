@@ -16,6 +16,8 @@ from trainer.batch import Row, TokenBatch
 from trainer.config import Device, LearnerConfig, Precision
 from trainer.errors import NonFiniteError
 from trainer.loss import Loss, LossInputs, LossOutput
+from trainer.memory.checkpointing import checkpoint_layers
+from trainer.memory.offload import StateOffload
 from trainer.model import WeightStream, freeze, hub_names, save_model
 from trainer.optimizers import build_optimizer
 from trainer.packing import pack
@@ -80,6 +82,8 @@ class Learner:
         self.rollout_step = 0
         self.optimizer_steps = 0
         self._skipped = SkippedSteps(config.on_nonfinite)
+        _refuse_on_cpu(config, self.device)
+        self._state_offload = StateOffload.of(config.memory, self.device)
         model.to(self.device)  # type: ignore[arg-type]
         self.policy = Policy(model, config.share_prompts)
         self._lora = _add_lora(config, model, seed, adapter)
@@ -88,8 +92,7 @@ class Learner:
         if self._reference is not None:
             ranks.place(self._reference.requires_grad_(False), self.dtype)
         freeze(self.policy, config.freeze)
-        if config.activation_checkpointing:
-            self.policy.checkpoint_activations()
+        checkpoint_layers(model, config.memory.activation_checkpointing, config.memory.offload_activations)
         if config.compile:
             self.policy.compile_layers()
         self.master = ranks.place(self.policy, self.dtype)
@@ -113,12 +116,25 @@ class Learner:
                 `learner.on_nonfinite=skip` only after too many in a row.
             ValueError: rows that do not fit together, see `trainer.packing.pack`.
         """
+        self._state_offload.reload()
         with self._profile():
             return [self._step(rows) for rows in minibatches]
 
     def end_rollout(self) -> None:
         """Move the schedule on by one rollout step."""
         self.rollout_step += 1
+
+    def offload(self) -> None:
+        """Put weights and optimizer states where `learner.memory.offload_state` says, and what they took is
+        free: for the time in which engines generate. Whichever call needs them next brings them back."""
+        self._state_offload.offload(self._held())
+
+    def _held(self) -> Iterator[Tensor]:
+        """This process's part of everything that stays between calls; some of it more than once."""
+        for policy in filter(None, (self.policy, self._reference)):
+            yield from (self.ranks.part(parameter.detach()) for parameter in policy.parameters())
+        yield from (parameter.detach() for parameter in self.master.parameters)
+        yield from self.optimizer.tensors()
 
     def _step(self, rows: Sequence[Row]) -> dict[str, float]:
         batches = pack(rows, self.config.token_budget, self.policy.shares_prompts)
@@ -225,6 +241,7 @@ class Learner:
 
     @torch.no_grad()
     def _score_rows(self, policy: Policy, rows: Sequence[Row], temperature: float) -> list[list[float]]:
+        self._state_offload.reload()
         scores: list[list[float]] = [[] for _ in rows]
         batches = pack(rows, self.config.token_budget, policy.shares_prompts)
         rounds = self.ranks.most(len(batches))
@@ -247,6 +264,7 @@ class Learner:
         return WeightStream(lambda: self._named_weights(dtype or self.dtype))
 
     def _named_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        self._state_offload.reload()
         model = self.policy.model
         whole = self.ranks.whole
         if self._lora is not None:
@@ -260,6 +278,7 @@ class Learner:
         return self._adapter_masters()
 
     def _adapter_masters(self) -> dict[str, Tensor]:
+        self._state_offload.reload()
         masters = self.master.state_dict().items()
         return {name.removeprefix("model."): self.ranks.whole(tensor) for name, tensor in masters}
 
@@ -277,10 +296,12 @@ class Learner:
             self._lora.save(folder / "adapter", self.adapter_weights())
 
     def close(self) -> None:
-        """Let go of other ranks; one process has none."""
+        """Let go of what was put elsewhere, and of other ranks; one process has none."""
+        self._state_offload.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Trained weights in float32, optimizer, counters: what a resumed learner needs beside its model."""
+        self._state_offload.reload()
         state = {
             "weights": self.master.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -292,6 +313,7 @@ class Learner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict()` of a learner with the same config and model, of any number of ranks."""
+        self._state_offload.reload()
         state = self.ranks.spread(state, self._like())
         self.master.load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -327,6 +349,14 @@ def device_of(wanted: Device) -> torch.device:
             "learner.device=cuda, but torch sees no CUDA device: set learner.device=cpu or auto."
         )
     return torch.device("cuda" if available and wanted is not Device.cpu else "cpu")
+
+
+def _refuse_on_cpu(config: LearnerConfig, device: torch.device) -> None:
+    if config.memory.offload_activations and device.type == "cpu":
+        raise ValueError(
+            "learner.memory.offload_activations=true moves activations from a GPU to the host's memory, "
+            "where those of a learner on a CPU are already: set it to false."
+        )
 
 
 def _add_lora(

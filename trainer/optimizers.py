@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trainer.config import OptimizerConfig, OptimizerName
+from trainer.config import NEEDS_BITSANDBYTES, OptimizerConfig, OptimizerName
 
 NamedParameters = Sequence[tuple[str, nn.Parameter]]
 
@@ -47,6 +47,12 @@ class OptimizerSet:
             for number, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"])
         }
 
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor of the states, small ones too."""
+        for optimizer in self.optimizers:
+            for entries in optimizer.state.values():
+                yield from (value for value in entries.values() if isinstance(value, Tensor))
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`."""
         for index, optimizer in enumerate(self.optimizers):
@@ -75,6 +81,18 @@ def _adamw(config: OptimizerConfig, parameters: NamedParameters) -> list[Optimiz
     beta1, beta2 = config.betas
     groups = _groups(config, parameters)
     return [torch.optim.AdamW(groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True)]
+
+
+def _adamw_8bit(config: OptimizerConfig, parameters: NamedParameters) -> list[Optimizer]:
+    try:
+        from trainer.memory.low_bit import AdamW8bit
+    except ModuleNotFoundError as error:
+        if error.name != "bitsandbytes":
+            raise
+        raise ValueError(NEEDS_BITSANDBYTES) from None
+    beta1, beta2 = config.betas
+    groups = _groups(config, parameters)
+    return [AdamW8bit(groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps)]
 
 
 class _DecoupledSgd(torch.optim.SGD):
@@ -138,6 +156,7 @@ def _schedulefree(config: OptimizerConfig, parameters: NamedParameters) -> list[
 
 _BUILDERS: dict[OptimizerName, Callable[[OptimizerConfig, NamedParameters], list[Optimizer]]] = {
     OptimizerName.adamw: _adamw,
+    OptimizerName.adamw_8bit: _adamw_8bit,
     OptimizerName.sgd: _sgd,
     OptimizerName.muon: _muon,
     OptimizerName.lion: _lion,

@@ -96,20 +96,6 @@ class Policy(nn.Module):
         logprobs, entropy = head_logprobs(hidden, head.weight, head.bias, positions, batch.targets, options)
         return PolicyOutput(logprobs=logprobs, entropy=entropy)
 
-    def checkpoint_activations(self) -> None:
-        """Keep only the inputs of decoder layers for the backward pass and compute the layers again.
-
-        Raises:
-            ValueError: the model does not support it.
-        """
-        if not self.model.supports_gradient_checkpointing:
-            raise ValueError(
-                f"{type(self.model).__name__} cannot recompute its layers: "
-                "set learner.activation_checkpointing=false."
-            )
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.model.train()  # Checkpointing layers look at this flag; dropout is off already.
-
     def compile_layers(self) -> None:
         """Compile each decoder layer in place, for varying numbers of tokens. Attention stays as it is.
 

@@ -44,6 +44,10 @@ class Ranks(Protocol):
         """A tensor of which every rank may hold a part."""
         ...
 
+    def part(self, tensor: Tensor) -> Tensor:
+        """What this process holds of it."""
+        ...
+
     def collect(self, state: dict[str, Any], like: Like) -> dict[str, Any]:
         """Nested state with every tensor whole, on the CPU of the first rank; empty on the others.
 
@@ -81,6 +85,10 @@ class Alone:
         return [report]
 
     def whole(self, tensor: Tensor) -> Tensor:
+        """The tensor."""
+        return tensor
+
+    def part(self, tensor: Tensor) -> Tensor:
         """The tensor."""
         return tensor
 

@@ -16,6 +16,8 @@ from adapters import lora
 from tests.trainer.samples import Reinforce, from_config, random_rows, reference_logprobs, tiny_model
 from trainer.config import Device, LearnerConfig, LoraConfig, OptimizerConfig, Precision
 from trainer.learner import Learner
+from trainer.memory.checkpointing import checkpoint_layers
+from trainer.memory.config import ActivationCheckpointing
 
 
 def lora_learner(model: Any = None, dtype: Precision = Precision.float32, **lora: Any) -> Learner:
@@ -239,7 +241,8 @@ def test_adapters_that_would_not_merge_are_refused(
     assert not any("lora_" in name for name, _ in model.named_parameters())
 
 
-def test_gradient_flows_with_checkpointing() -> None:
+@pytest.mark.parametrize("kind", [ActivationCheckpointing.full, ActivationCheckpointing.selective])
+def test_gradient_flows_with_checkpointing(kind: ActivationCheckpointing) -> None:
     learner = lora_learner(from_config(tiny_model().config))
-    learner.policy.checkpoint_activations()
+    checkpoint_layers(learner.policy.model, kind)
     assert learner.update([random_rows()])[0]["learner/grad_norm"] > 0

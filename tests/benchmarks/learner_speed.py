@@ -25,6 +25,7 @@ from trainer.batch import Row
 from trainer.config import LearnerConfig, LoraConfig, OptimizerConfig, Precision
 from trainer.learner import Learner
 from trainer.loss import LossInputs, LossOutput
+from trainer.memory.config import ActivationCheckpointing, MemoryConfig
 from trainer.model import load_model
 
 SMOLLM2 = Path.home() / ".cache/whetstone/models/smollm2-135m-instruct"
@@ -129,7 +130,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "shared": {},
     "unshared": {"share_prompts": False},
     "compiled": {"compile": True},
-    "checkpointed": {"activation_checkpointing": True},
+    "checkpointed": {"memory": MemoryConfig(ActivationCheckpointing.full)},
+    "checkpointed selectively": {"memory": MemoryConfig(ActivationCheckpointing.selective)},
     "lora": {"lora": LoraConfig(rank=16)},
     "float32": {"dtype": Precision.float32},
 }

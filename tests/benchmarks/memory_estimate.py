@@ -26,7 +26,7 @@ CASES = {
         "dapo/arithmetic",
         "rollout.max_new_tokens=64",
         "algorithm.overlong.buffer=0",
-        "learner.activation_checkpointing=true",
+        "learner.memory.activation_checkpointing=full",
         "loop.prompts=8",
     ],
 }

@@ -52,7 +52,7 @@ SAME_WORK = [
     "evaluation.at_end=false",
 ]
 """What makes the recipe the work that TRL does too."""
-LEAN = ["learner.activation_checkpointing=true", "learner.token_budget=512"]
+LEAN = ["learner.memory.activation_checkpointing=full", "learner.token_budget=512"]
 QUICK = ["loop.prompts=4", "loop.group_size=2", "loop.mini_batch=2"]
 TRL = ["torch==2.13.0", "trl", "transformers", "datasets", "accelerate", "omegaconf"]
 """omegaconf is what Whetstone's grader needs. torch comes first, or pip takes a CUDA build of it."""

@@ -29,6 +29,10 @@ CASES = [
         "Unknown key 'reward.parts.exact.wieght' in 'reward.parts.exact.wieght=2': ",
     ),
     (["qqqq=1"], "Unknown key 'qqqq' in 'qqqq=1': see docs/configuration.md for the valid keys."),
+    (
+        ["learner.activation_checkpointing=true"],
+        "Unknown key 'learner.activation_checkpointing' in 'learner.activation_checkpointing=true': did you mean 'learner.memory.activation_checkpointing'?",
+    ),
     # grammar
     (["loop.steps"], "'loop.steps' is not an override: write key=value, for example loop.steps=20."),
     (["~loop.steps"], "'~loop.steps': a key cannot be deleted; set it to the value that you want instead."),
@@ -77,7 +81,19 @@ CASES = [
     ),
     (["data.heldout=-1"], "data.heldout=-1 must be at least 0: raise it."),
     (["reward.workers=-1"], "reward.workers=-1 is negative: give 1 or more, or 0 for one a core."),
+    (
+        ["learner.memory.offload_activations=true"],
+        "learner.memory.offload_activations=true moves the layer inputs that checkpointing keeps, and learner.memory.activation_checkpointing=none keeps everything: set it to full.",
+    ),
+    (
+        ["learner.compile=true", "learner.memory.activation_checkpointing=selective"],
+        "learner.memory.activation_checkpointing=selective picks single operations, and learner.compile=true fuses them and picks by itself what to compute again: set it to none or full.",
+    ),
     # impossible combinations
+    (
+        [*AHEAD, "learner.memory.offload_state=disk"],
+        "learner.memory.offload_state=disk frees the learner's memory while engines generate, and with loop.staleness=2 it is learning then: set it to never.",
+    ),
     (
         ["algorithm.clip.high=0.1"],
         "algorithm.clip.high=0.1 is below algorithm.clip.low=0.2: raise clip.high or lower clip.low.",

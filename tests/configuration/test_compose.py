@@ -181,6 +181,16 @@ def test_generating_ahead_is_explained() -> None:
     assert "ahead of the learner" not in explain("dapo/tiny", load("dapo/tiny"))
 
 
+def test_memory_that_moves_is_explained() -> None:
+    def lines(*overrides: str) -> str:
+        return explain("dapo/arithmetic", load("dapo/arithmetic", list(overrides)))
+
+    moved = "1.54 GB of the learner lie on the disk while engines generate (learner.memory.offload_state)"
+    assert moved in lines("learner.memory.offload_state=disk")
+    assert "while engines generate" not in lines()
+    assert "rank 0 takes 1.3 GB of the host's memory besides" in lines("learner.parallel.shard=2")
+
+
 def test_names_that_others_rely_on() -> None:
     names = {name for name, _, _ in keys()}
     assert {

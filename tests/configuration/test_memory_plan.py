@@ -83,5 +83,7 @@ def test_each_rank_of_a_learner_is_counted(monkeypatch: pytest.MonkeyPatch) -> N
     )
     assert copies.ranks == 4
     assert copies.learner.parts["slices of weights (fp32)"] == alone.learner.parts["weights"]
+    size = KNOWN[SMOLLM2].parameters * KNOWN[SMOLLM2].trained_share(["*embed_tokens*"])
+    assert (alone.checkpoint, wanted.checkpoint) == (0, 12 * size)
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert plan_memory(load("dapo/arithmetic")) == wanted

@@ -68,8 +68,9 @@ def test_a_learner_out_of_memory_names_what_needs_less(
     assert main(RUN) == 1
     assert last_line(capsys) == (
         "rlhf: the run stopped in step 2: the learner ran out of memory in the phase 'update', asking for "
-        "4194304.00 GiB more: lower learner.token_budget=4096, or set learner.activation_checkpointing=true, "
-        f"or start anew with an adapter only (learner.lora.rank=16). {goes_on(1)}"
+        "4194304.00 GiB more: lower learner.token_budget=4096, or set "
+        "learner.memory.activation_checkpointing=full, or start anew with an adapter only "
+        f"(learner.lora.rank=16). {goes_on(1)}"
     )
     assert (Checkpoints(FOLDER).steps(), Checkpoints(FOLDER).problem(1)) == ([1], "")
 

@@ -171,6 +171,32 @@ def test_ended_by_sigterm_and_resumed(uninterrupted: dict[str, Any], tmp_path: P
     assert_equal(outcome(folder), uninterrupted)
 
 
+OFFLOADING = """
+import sys
+from rlhf.cli import main
+from trainer.memory.offload import StateOffload
+inner, moved = StateOffload.offload, []
+def offload(self, tensors):
+    inner(self, tensors)
+    moved.append(self.bytes_away)
+StateOffload.offload = offload
+status = main(sys.argv[1:])
+print("rounds", len(moved), "bytes", min(moved), file=sys.stderr)
+sys.exit(status)
+"""
+"""A run that says at its end how often its learner's state was put away, and the least of it."""
+
+
+def test_a_run_whose_learner_rests_on_disk_is_the_same(uninterrupted: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    where = ["learner.memory.offload_state=disk", f"learner.memory.folder={tmp_path}"]
+    said = finish(start(folder, *where, program=("-c", OFFLOADING)))
+    rounds, least = map(int, re.findall(r"^rounds (\d+) bytes (\d+)$", said, re.M)[0])
+    assert rounds >= STEPS + STEPS // 2 + 1  # every step generates, every second one and the start evaluate
+    assert least > 1_000_000
+    assert_equal(outcome(folder), uninterrupted)
+
+
 def test_another_seed_is_another_run(uninterrupted: dict[str, Any], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     finish(start(folder, "run.seed=1"))

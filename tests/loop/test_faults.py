@@ -15,6 +15,7 @@ from rlhf.errors import RewardRaisedError, RunStoppedError, UserError
 from rlhf.files import replace_text
 from rollout.errors import EngineError, EngineOutOfMemory, engine_failures
 from trainer.errors import asked_for, described, out_of_memory
+from trainer.memory.config import ActivationCheckpointing
 
 
 def write_text(path: Path) -> None:
@@ -66,7 +67,7 @@ def test_allocations_that_fail() -> None:
     device = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total of")
     assert (out_of_memory(device), asked_for(device)) == (True, "20.00 GiB")
     config = Config()
-    config.learner.activation_checkpointing = True
+    config.learner.memory.activation_checkpointing = ActivationCheckpointing.full
     config.learner.lora.rank = 8
     assert faults.sentence(device, config, "update") == (
         "the learner ran out of memory in the phase 'update', asking for 20.00 GiB more: lower "

@@ -1,1 +1,1 @@
-"""Memory: estimates before a run; offload and low-memory learners plug in here."""
+"""Memory of the learner: what it will take, what it recomputes, and where its state is between calls."""

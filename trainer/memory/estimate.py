@@ -1,7 +1,8 @@
 """Memory of learner and engine before anything is loaded: arithmetic over a model's dimensions.
 
 The structural terms (weights, gradients, moments, cache) are exact counts. Four constants cannot be
-counted and were fitted on the demo (`tests/benchmarks/memory_estimate.py` reports the error elsewhere).
+counted: that of the learner's process is measured, the others were fitted on the demo
+(`tests/benchmarks/memory_estimate.py` reports the error elsewhere).
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-PROCESS_BYTES = 0.75e9
-"""Resident memory of a python process that has imported torch and transformers."""
+from trainer.memory.config import ActivationCheckpointing
+
+PROCESS_BYTES = 0.45e9
+"""Resident memory of a learner's process without a model: torch, transformers and what a run imports."""
 ENGINE_PROCESS_BYTES = 1.15e9
 """Resident memory of an engine process beside weights and cache: interpreter, vLLM, work space."""
 ACTIVATION_FACTOR = 1.15
@@ -93,6 +96,18 @@ class ModelShape:
         return 2 * self.layers * self.kv_heads * self.head_dim * bytes_per_value
 
 
+_STATE = frozenset(
+    {
+        "weights",
+        "master weights (fp32)",
+        "optimizer states",
+        "slices of weights (fp32)",
+        "slices of optimizer states",
+    }
+)
+"""Parts that stay between two steps."""
+
+
 @dataclass(frozen=True, slots=True)
 class Estimate:
     """Bytes by name, in the order in which they are printed."""
@@ -104,6 +119,11 @@ class Estimate:
         """Sum of the parts, bytes."""
         return sum(self.parts.values())
 
+    @property
+    def state(self) -> float:
+        """Bytes of weights and optimizer states: what `learner.memory.offload_state` moves."""
+        return sum(size for name, size in self.parts.items() if name in _STATE)
+
 
 def learner_memory(
     shape: ModelShape,
@@ -111,15 +131,15 @@ def learner_memory(
     tokens: int,
     compute_bytes: int = 2,
     master: bool = True,
-    moments: int = 2,
+    state_bytes: float = 8.0,
     trained_share: float = 1.0,
-    checkpointing: bool = False,
+    checkpointing: ActivationCheckpointing = ActivationCheckpointing.none,
     reference: bool = False,
 ) -> Estimate:
     """Peak of the learner: weights, fp32 masters, gradients, moments, activations, what malloc keeps.
 
     `tokens`: packed tokens of the largest micro-batch. `trained_share`: share of parameters that train.
-    `moments`: fp32 states a parameter.
+    `state_bytes`: optimizer state of a parameter.
     """
     trained = shape.parameters * trained_share
     parts = {
@@ -127,7 +147,7 @@ def learner_memory(
         "weights": shape.parameters * compute_bytes * (2.0 if reference else 1.0),
         "master weights (fp32)": trained * 4.0 if master else 0.0,
         "gradients": trained * 4.0,
-        "optimizer states (fp32)": trained * 4.0 * moments,
+        "optimizer states": trained * state_bytes,
         "activations": tokens * _activation_bytes(shape, compute_bytes, checkpointing) * ACTIVATION_FACTOR,
         "kept by malloc": KEPT_BYTES,
     }
@@ -141,9 +161,9 @@ def rank_memory(
     shards: int,
     split: int = 1,
     compute_bytes: int = 2,
-    moments: int = 2,
+    state_bytes: float = 8.0,
     trained_share: float = 1.0,
-    checkpointing: bool = False,
+    checkpointing: ActivationCheckpointing = ActivationCheckpointing.none,
     reference: bool = False,
 ) -> Estimate:
     """Peak of one rank of a learner of which `shards` x `split` ranks hold a copy.
@@ -165,11 +185,23 @@ def rank_memory(
         "gathered weights": gathered * (2.0 if reference else 1.0),
         "slices of gradients (fp32)": trained * 4.0 / shards,
         "gradients on their way": leaving,
-        "slices of optimizer states (fp32)": trained * 4.0 * moments / shards,
+        "slices of optimizer states": trained * state_bytes / shards,
         "activations": tokens * _activation_bytes(shape, compute_bytes, checkpointing) * ACTIVATION_FACTOR,
         "kept by malloc": KEPT_BYTES,
     }
     return Estimate({name: size for name, size in parts.items() if size})
+
+
+def checkpoint_memory(
+    shape: ModelShape, *, trained_share: float = 1.0, state_bytes: float = 8.0, compute_bytes: int = 2
+) -> float:
+    """Bytes on the host that rank 0 of several takes besides, while it writes or reads a checkpoint.
+
+    First the model in compute precision, then float32 weights and optimizer states, each whole. One process
+    writes what it holds, without a copy.
+    """
+    training = shape.parameters * trained_share * (4.0 + state_bytes)
+    return max(training, float(shape.parameters * compute_bytes))
 
 
 def engine_memory(
@@ -187,14 +219,18 @@ def engine_memory(
     return Estimate({name: size for name, size in parts.items() if size})
 
 
-def _activation_bytes(shape: ModelShape, width: int, checkpointing: bool) -> float:
+def _activation_bytes(shape: ModelShape, width: int, checkpointing: ActivationCheckpointing) -> float:
     """Bytes that one token keeps for the backward pass.
 
     A layer keeps its two normalised inputs and residuals, q, k, v, the attention output and three MLP
-    intermediates; with checkpointing one residual a layer plus one layer in full.
+    intermediates; with checkpointing its input, and if `selective` the results of its seven products, plus
+    one layer in full.
     """
-    attention = shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads)
-    layer = width * (6 * shape.hidden + attention + 4 * shape.intermediate)
-    if checkpointing:
-        return shape.layers * width * shape.hidden + layer
-    return float(shape.layers * layer)
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    layer = width * (6 * shape.hidden + 2 * (queries + keys) + 4 * shape.intermediate)
+    if checkpointing is ActivationCheckpointing.none:
+        return float(shape.layers * layer)
+    kept = width * shape.hidden
+    if checkpointing is ActivationCheckpointing.selective:
+        kept += width * (queries + 2 * keys + 2 * shape.hidden + 2 * shape.intermediate)
+    return shape.layers * kept + layer

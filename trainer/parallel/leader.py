@@ -55,6 +55,12 @@ class LeadingLearner(Learner):
         with self._together("end_rollout"):
             super().end_rollout()
 
+    def offload(self) -> None:
+        """See `Learner.offload`; every rank frees its part. Nothing is told when nothing would move."""
+        if self._state_offload.on:
+            with self._together("offload"):
+                super().offload()
+
     def score_rows(self, rows: Sequence[Row], temperature: float) -> list[list[float]]:
         """See `Learner.score_rows`."""
         own = super().score_rows
@@ -92,6 +98,7 @@ class LeadingLearner(Learner):
 
     def close(self) -> None:
         """Let the followers end; safe to call twice, and after a failure, when their connections end them."""
+        super().close()
         if not self._broken:
             self._broken = True
             self._tell(END)
@@ -234,6 +241,7 @@ def _discard(_: Any) -> None:
 _CALLS: dict[str, Callable[[Learner, Message], Message | None]] = {
     "update": _update,
     "end_rollout": lambda learner, _: learner.end_rollout(),
+    "offload": lambda learner, _: learner.offload(),
     "reference_logprobs": _reference_logprobs,
     "score_rows": _score_rows,
     "weights": _weights,

@@ -17,7 +17,16 @@ from trainer.errors import RankError, out_of_memory
 from trainer.master_weights import MasterWeights
 from trainer.parallel.channel import LEADER, GroupChannel
 from trainer.parallel.config import Degrees, ParallelConfig
-from trainer.parallel.sharding import TENSOR, ShardedWeights, gathered_no_more, known, shard, slice_of, whole
+from trainer.parallel.sharding import (
+    TENSOR,
+    ShardedWeights,
+    gathered_no_more,
+    known,
+    local,
+    shard,
+    slice_of,
+    whole,
+)
 from trainer.parallel.world import World
 from trainer.policy import Policy
 from trainer.ranks import Like
@@ -100,6 +109,10 @@ class Team:
     def whole(self, tensor: Tensor) -> Tensor:
         """A sliced tensor, gathered on every rank."""
         return whole(tensor)
+
+    def part(self, tensor: Tensor) -> Tensor:
+        """This rank's slice."""
+        return local(tensor)
 
     def collect(self, state: dict[str, Any], like: Like) -> dict[str, Any]:
         """Nested state, each tensor gathered in turn: one whole tensor at a time on ranks above 0."""

@@ -37,7 +37,7 @@ def run(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.trainer.parallel.preload"])
     with tempfile.TemporaryDirectory() as folder:
-        port = _free_port()
+        port = free_port()
         ranks = [
             context.Process(target=_rank, args=(rank, size, port, folder, function, arguments))
             for rank in range(size)
@@ -54,7 +54,7 @@ def run(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         return [torch.load(Path(folder) / str(rank), weights_only=False) for rank in range(size)]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

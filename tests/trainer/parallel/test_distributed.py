@@ -17,6 +17,7 @@ from trainer.batch import Row
 from trainer.config import LoraConfig, OnNonfinite, Precision
 from trainer.errors import NonFiniteError
 from trainer.learner import Learner
+from trainer.memory.config import ActivationCheckpointing, MemoryConfig
 from trainer.packing import pack
 from trainer.parallel.balance import Costs, deal
 from trainer.parallel.config import ParallelConfig
@@ -64,8 +65,10 @@ def gradients(team: Team | None) -> dict[str, dict[str, Tensor]]:
     found["one group"] = _gradient(learner, ROWS[:4], 60)
     learner.policy.shares_prompts = False
     found["unshared"] = _gradient(learner, ROWS, 60)
-    recomputing = build(config(activation_checkpointing=True), team)
-    return found | {"recomputed": _gradient(recomputing, ROWS, 60)}
+    for kind in (ActivationCheckpointing.full, ActivationCheckpointing.selective):
+        recomputing = build(config(memory=MemoryConfig(kind)), team)
+        found[f"recomputed: {kind}"] = _gradient(recomputing, ROWS, 60)
+    return found
 
 
 def _gradient(learner: Learner, rows: list[Row], budget: int) -> dict[str, Tensor]:
