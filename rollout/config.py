@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from rollout.engine import Sampling
+from trainer.parallel.config import RayConfig
 
 
 class PoolKind(StrEnum):
@@ -15,19 +16,6 @@ class PoolKind(StrEnum):
     """On this machine."""
     ray = "ray"
     """On the nodes of a Ray cluster, or of a Ray that is started on this machine."""
-
-
-class RayStrategy(StrEnum):
-    """How Ray spreads engines over nodes."""
-
-    PACK = "PACK"
-    """On as few as there is room on."""
-    SPREAD = "SPREAD"
-    """On as many as there are."""
-    STRICT_PACK = "STRICT_PACK"
-    """All on one, or not at all."""
-    STRICT_SPREAD = "STRICT_SPREAD"
-    """Each on another, or not at all."""
 
 
 class EngineProcess(StrEnum):
@@ -45,35 +33,6 @@ class EngineDtype(StrEnum):
     bfloat16 = "bfloat16"
     float16 = "float16"
     float32 = "float32"
-
-
-@dataclass
-class RayConfig:
-    """Where in which Ray cluster the engines run (`rollout.pool=ray`)."""
-
-    address: str = ""
-    """`host:port` of a cluster's head, or `auto` for the one that this machine belongs to. Empty: what the
-    variable `RAY_ADDRESS` says, else a Ray that is started here and ends with the run."""
-    strategy: RayStrategy = RayStrategy.PACK
-    """`PACK` (as few nodes as there is room on), `SPREAD`, `STRICT_PACK` or `STRICT_SPREAD`."""
-    places: list[str] = field(default_factory=list)
-    """Custom Ray resources that say where engines go, dealt out in turn: engine 0 runs on a node that has the
-    first. A node gets them at its start (`ray start --resources='{"switch-a": 1}'`); `node:ADDRESS` is a
-    resource that every node has. Empty: anywhere."""
-    wait_s: float = 60.0
-    """Seconds to wait for the cluster to have room for the engines."""
-
-    def check(self) -> list[str]:
-        """Sentences about values that cannot work, empty when all can."""
-        problems = []
-        if not self.wait_s > 0:
-            problems.append(f"rollout.ray.wait_s={self.wait_s:g} must be above 0: raise it.")
-        if self.address.startswith("ray://"):
-            problems.append(
-                f"rollout.ray.address={self.address} is a Ray client's: run on a node of the cluster and "
-                "give the head's host:port, or auto."
-            )
-        return problems
 
 
 @dataclass

@@ -2,68 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from rlhf.checkpoint import STATE, Checkpoints
 from rlhf.state_file import read as read_state
 from rlhf.tracking.jsonl import read
+from tests.integration.commands import ALONE, finish, sentences, start, wait_for_rows
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-RLHF = ["-m", "rlhf.cli"]
 TRAIN = ["train", "dapo/tiny", "run.dir=run", "rollout.process=child", "evaluation.every=0"]
-
-
-def start(
-    cwd: Path, *arguments: str, launcher: list[str] = TORCHRUN, program: list[str] = RLHF
-) -> subprocess.Popen[str]:
-    """A command in a session of its own."""
-    return subprocess.Popen(
-        [*launcher, *program, *arguments],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finish(process: subprocess.Popen[str], *, succeeds: bool = True) -> str:
-    """Wait for the end; returns what was said. No process of it is left."""
-    family = _family(process.pid)
-    said = process.communicate(timeout=400)[0]
-    assert (process.returncode == 0) is succeeds, said
-    _, alive = psutil.wait_procs(family, timeout=20)
-    assert alive == [], said
-    return said
-
-
-def _family(pid: int) -> list[psutil.Process]:
-    """All descendants; none of a process that has ended already."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return psutil.Process(pid).children(recursive=True)
-    return []
-
-
-def sentences(said: str) -> list[str]:
-    """The lines in which `rlhf` says why it ended."""
-    return [line for line in said.splitlines() if line.startswith("rlhf: ")]
 
 
 def test_a_run_goes_from_two_ranks_to_one_and_back(tmp_path: Path) -> None:
     said = finish(start(tmp_path, *TRAIN, "loop.steps=2"))
     assert said.count("2 steps: held-out accuracy") == 1
-    replayed = finish(start(tmp_path, "replay", "run@1", launcher=[sys.executable]), succeeds=False)
-    finish(start(tmp_path, *TRAIN, "loop.steps=3", "resume=auto", launcher=[sys.executable]))
+    replayed = finish(start(tmp_path, "replay", "run@1", launcher=ALONE), succeeds=False)
+    finish(start(tmp_path, *TRAIN, "loop.steps=3", "resume=auto", launcher=ALONE))
     finish(start(tmp_path, *TRAIN, "loop.steps=4", "resume=auto"))
     rows = read(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
@@ -131,16 +87,6 @@ def test_no_rank_outlives_a_failure(rank: str, what: str, said_at_last: str, tmp
         assert len(sentences(said)) == 1, said
     # After a kill torchrun gives rank 0 half a minute, which a busy machine may take to write the report.
     assert all(said_at_last and sentence.startswith(said_at_last) for sentence in sentences(said)), said
-
-
-def wait_for_rows(process: subprocess.Popen[str], folder: Path, rows: int) -> None:
-    """Until so many rows are logged, or the run has ended."""
-    path = folder / "run" / "metrics.jsonl"
-    limit = time.monotonic() + 300
-    while process.poll() is None and time.monotonic() < limit:
-        if path.exists() and path.read_text().count("\n") >= rows:
-            return
-        time.sleep(0.05)
 
 
 def test_sigterm_ends_after_the_step_and_saves(tmp_path: Path) -> None:

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from rollout.config import EngineDtype, EngineProcess, PoolKind, RayConfig, RolloutConfig
+from rollout.config import EngineDtype, EngineProcess, PoolKind, RolloutConfig
 from rollout.engine import Completion, Request, Sampling
 from rollout.errors import EngineDied
 from rollout.pool import Draw, LocalPool, build_engines, open_host
 from rollout.types import FinishReason, Prompt, VersionSpan, sample_seed
+from trainer.parallel.config import RayConfig
 
 if TYPE_CHECKING:
     from rollout.vllm_engine import VllmEngine
