@@ -63,11 +63,28 @@ def placement_of(config: Config, *, learner: bool = True, ranks: int = 1) -> Pla
         )
     if rollout.pool is PoolKind.ray and rollout.ray.cluster:
         engines = tuple(range(rollout.tensor_parallel)) if gpus else ()
-        return Placement(engines=(engines,) * rollout.engines)
-    return place(
-        gpus,
-        engines=rollout.engines,
-        tensor_parallel=rollout.tensor_parallel,
-        learner=learner,
-        ranks=ranks,
-    )
+        placed = Placement(engines=(engines,) * rollout.engines)
+    else:
+        placed = place(
+            gpus,
+            engines=rollout.engines,
+            tensor_parallel=rollout.tensor_parallel,
+            learner=learner,
+            ranks=ranks,
+        )
+    _check_sleep(rollout.sleep_level, placed, learner)
+    return placed
+
+
+def _check_sleep(level: int, placed: Placement, learner: bool) -> None:
+    """Refuse a sleep that would free nothing that anybody wants."""
+    if level and not placed.on_gpu:
+        raise UserError(
+            f"rollout.sleep_level={level} frees GPU memory, and here engines run on CPUs, where vLLM has no "
+            "sleep mode: set rollout.sleep_level=0."
+        )
+    if level and learner and not placed.shared:
+        raise UserError(
+            f"rollout.sleep_level={level} frees memory of a GPU that engine and learner share, and here "
+            "engines have GPUs of their own: set rollout.sleep_level=0."
+        )

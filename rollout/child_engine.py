@@ -81,6 +81,7 @@ DOING = {
     "receive_weights": "installing weights",
     "pause": "pausing",
     "resume": "resuming",
+    "sleep": "going to sleep",
 }
 """Calls in words."""
 
@@ -170,6 +171,10 @@ class ChildEngine:
     def resume(self) -> None:
         """See `rollout.vllm_engine.VllmEngine.resume`."""
         self._exchange("resume")
+
+    def sleep(self, level: int) -> None:
+        """See `rollout.vllm_engine.VllmEngine.sleep`."""
+        self._exchange("sleep", level)
 
     def memory(self) -> dict[str, float]:
         """Resident bytes of the child and bytes of its KV cache."""

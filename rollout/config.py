@@ -75,6 +75,10 @@ class RolloutConfig:
     """CPU threads of one engine; 0: the usable cores, divided among the engines."""
     eager: bool = False
     """Skip compilation: starts sooner, generates more slowly."""
+    sleep_level: int = 0
+    """What an engine that shares the learner's GPU does while the learner learns: 0 stays as it is; 1 moves
+    its weights to main memory and drops its KV cache (vLLM's sleep mode), until the next publish; 2 drops its
+    weights too, which the next publish brings anyway. `gpu_memory` may then be larger."""
     prefix_caching: bool = True
     """Compute a prompt's common prefix once for all its samples."""
     tensor_parallel: int = 1
@@ -126,6 +130,13 @@ class RolloutConfig:
                 "rollout.pool=ray with rollout.process=inprocess: an engine on Ray has a process of its own; "
                 "use rollout.process=child."
             )
+        if self.sleep_level > 2:
+            problems.append(f"rollout.sleep_level={self.sleep_level} is none of vLLM's: set 0, 1 or 2.")
+        if self.sleep_level and self.restarts > 0:
+            problems.append(
+                f"rollout.sleep_level={self.sleep_level} is for engines on a GPU, which cannot be started "
+                "again: set rollout.restarts=0."
+            )
         problems += self.ray.check()
         if any(not text for text in self.stop):
             problems.append('rollout.stop holds an empty string, which would end every response: remove "".')
@@ -152,6 +163,7 @@ _LEAST = {
     "max_model_len": 0,
     "max_num_seqs": 1,
     "kv_cache_gib": 0,
+    "sleep_level": 0,
     "threads": 0,
     "tensor_parallel": 1,
 }

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rollout.config import PoolKind, RolloutConfig
-from rollout.engine import Completion, Engine, OwnProcess, Request, Sampling
+from rollout.engine import Completion, Engine, OwnProcess, Request, Sampling, Sleeper
 from rollout.engine_spec import EngineSpec, thread_count, usable_cores
 from rollout.host import EngineHost, LocalHost
 from rollout.restarts import RestartingEngine, Restarts
@@ -72,6 +72,16 @@ class LocalPool:
         """Where the threads of engines in processes of their own are; empty text from one that does not
         answer."""
         return {engine.label: engine.stacks() for engine in self.engines if isinstance(engine, OwnProcess)}
+
+    def sleep(self, level: int) -> None:
+        """Have all engines give GPU memory back until they are next called; see `VllmEngine.sleep`.
+
+        Raises TypeError for an engine that cannot.
+        """
+        for engine in self.engines:
+            if not isinstance(engine, Sleeper):
+                raise TypeError(f"{type(engine).__name__} has no sleep mode.")
+            engine.sleep(level)
 
     def metrics(self) -> dict[str, float]:
         """Counts over the life of the pool, of what may happen to it."""
@@ -196,6 +206,7 @@ def build_engines(
             transport=transport,
             tensor_parallel=config.tensor_parallel,
             gpu_memory=config.gpu_memory,
+            sleep_mode=config.sleep_level > 0,
             trust_remote_code=trust_remote_code,
             log_path=str(log_folder / f"engine-{index}.log") if log_folder else "",
         )

@@ -128,6 +128,10 @@ class RayEngine:
         """See `rollout.vllm_engine.VllmEngine.resume`."""
         self._call("resume")
 
+    def sleep(self, level: int) -> None:
+        """See `rollout.vllm_engine.VllmEngine.sleep`."""
+        self._call("sleep", level)
+
     def memory(self) -> dict[str, float]:
         """Resident bytes of the child and bytes of its KV cache."""
         return self._call("memory")

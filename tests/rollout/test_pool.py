@@ -245,6 +245,12 @@ def test_ray_that_is_not_installed_is_one_sentence(monkeypatch: pytest.MonkeyPat
             "rollout.pool=ray with rollout.process=inprocess: an engine on Ray has a process of its own; "
             "use rollout.process=child.",
         ),
+        ({"sleep_level": 3}, "rollout.sleep_level=3 is none of vLLM's: set 0, 1 or 2."),
+        (
+            {"sleep_level": 1, "restarts": 1},
+            "rollout.sleep_level=1 is for engines on a GPU, which cannot be started again: set "
+            "rollout.restarts=0.",
+        ),
         ({"ray": RayConfig(wait_s=0)}, "rollout.ray.wait_s=0 must be above 0: raise it."),
         (
             {"ray": RayConfig(address="ray://head:10001")},
