@@ -31,7 +31,7 @@ from rlhf.evaluation.config import Split
 from rlhf.evaluation.graders import second_opinions
 from rlhf.evaluation.runner import Evaluation, evaluate, sampling_for
 from rlhf.files import replace_text
-from rlhf.generation import Direct, Generation, Source
+from rlhf.generation import Direct, Generation, Resting, Source
 from rlhf.launching import launched
 from rlhf.loop import Summary, train
 from rlhf.memory import MemoryMonitor
@@ -85,9 +85,9 @@ def train_config(
     """
     if World.from_environment().follows:
         raise SystemExit(follow_config(config))
-    with launched(config) as ranks, joined(config, ranks and ranks.lost) as team:
+    with launched(config) as ranks, joined(config, ranks.lost if ranks else None) as team:
         with faults.stopping(config, lambda: "the run could not start"), clear_sentences():
-            places = ranks and ranks.places
+            places = ranks.places if ranks else None
             run = build(config, recipe, reward=reward, dataset=dataset, team=team, places=places)
         return _train(run)
 
@@ -273,12 +273,11 @@ def _go_on(run: Run, start: resume.Start) -> dict[str, str]:
 
 def _source(config: Config, generation: Generation, clock: Clock) -> Source:
     """Where steps get their groups from: generated when they ask, or up to `loop.staleness` steps ahead."""
-    loop = config.loop
-    return (
-        Ahead(generation, clock, lead=loop.staleness, last=loop.steps)
-        if loop.staleness
-        else Direct(generation, clock)
-    )
+    loop, level = config.loop, config.rollout.sleep_level
+    if loop.staleness:
+        return Ahead(generation, clock, lead=loop.staleness, last=loop.steps)
+    direct = Direct(generation, clock)
+    return Resting(direct, generation.pool, level, clock) if level else direct
 
 
 def _decode(tokenizer: Any, token_ids: list[int]) -> str:

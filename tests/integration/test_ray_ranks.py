@@ -79,7 +79,7 @@ def test_a_rank_lost_on_another_node_ends_the_run_in_one_sentence(by_torchrun: P
 def workers(cluster: Cluster, node: str, actor: str) -> list[psutil.Process]:
     """The processes on a node that hold an actor of this class."""
     found = psutil.Process(cluster.pid(node)).children(recursive=True)
-    return [process for process in found if process.cmdline()[:1] == [f"ray::{actor}"]]
+    return [process for process in found if "".join(process.cmdline()).startswith(f"ray::{actor}")]
 
 
 MEETING = """

@@ -23,6 +23,7 @@ from ray.util.placement_group import placement_group, placement_group_table, rem
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 import trainer
+from trainer.errors import described
 from trainer.parallel.config import RayConfig
 from trainer.parallel.places import Place
 from trainer.parallel.visible_gpus import visible
@@ -146,16 +147,22 @@ def _connect(config: RayConfig, *, cpus: int, gpus: Sequence[int]) -> bool:
 
 def _start(cpus: int, gpus: Sequence[int], quiet: dict[str, Any]) -> None:
     """A Ray of our own, which ends with this process, with just the CPUs that the places take."""
-    with visible(gpus):
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            num_gpus=len(gpus),
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            _system_config=LIKE_LOCAL,
-            **quiet,
-        )
+    try:
+        with visible(gpus):
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                num_gpus=len(gpus),
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _system_config=LIKE_LOCAL,
+                **quiet,
+            )
+    except Exception as error:  # Ray has no other type for it
+        raise ValueError(
+            f"no Ray could be started on this machine ({described(error)}): free some of its cores and "
+            "memory, or name a cluster in rollout.ray.address."
+        ) from error
 
 
 def _join(address: str, quiet: dict[str, Any]) -> None:

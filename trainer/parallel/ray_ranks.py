@@ -135,15 +135,16 @@ class RayRanks:
 
     def _watch(self) -> None:
         """Wait for the ends of ranks; the first that was none of rank 0's doing is kept."""
-        while self._left and not self._ended.is_set():
-            done, self._left = ray.wait(self._left, timeout=LOOK_SECONDS)
-            for work in done:
-                self._note(work)
-            if self._failure:
-                # Rank 0 may be waiting for this one at the store, for as long as there is a store.
-                self._store = None
-                if not self._noticed:
-                    self._end_run()
+        with contextlib.suppress(RayError):  # the whole of Ray is gone
+            while self._left and not self._ended.is_set():
+                done, self._left = ray.wait(self._left, timeout=LOOK_SECONDS)
+                for work in done:
+                    self._note(work)
+                if self._failure:
+                    # Rank 0 may be waiting for this one at the store, for as long as there is a store.
+                    self._store = None
+                    if not self._noticed:
+                        self._end_run()
 
     def _note(self, work: Any) -> None:
         rank = self._work.index(work) + 1
