@@ -242,6 +242,11 @@ def _ahead(config: Config) -> Iterator[str]:
             f"rollout.process=inprocess cannot generate while the learner works, as {lead} asks: set "
             "rollout.process=child."
         )
+    if config.rollout.sleep_level:
+        yield (
+            f"rollout.sleep_level={config.rollout.sleep_level} has engines sleep while the learner learns, "
+            f"and {lead} has them generate then: set one of them to 0."
+        )
     if config.loop.inflight_updates and config.rollout.restarts:
         yield (
             f"rollout.restarts={config.rollout.restarts} makes the round of a lost engine again under one "

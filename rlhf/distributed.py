@@ -1,7 +1,8 @@
 """The other ranks of a distributed learner: how rank 0 meets them, and what they do from start to end.
 
-torchrun starts one command several times. Rank 0 is the run: data, rewards, engines, files, and its part of
-the learner. The others build their part when rank 0 builds its own, and then make the calls that it tells of.
+torchrun starts one command several times, or `rlhf.launching` the others in Ray. Rank 0 is the run: data,
+rewards, engines, files, and its part of the learner. The others build their part when rank 0 builds its own,
+and then make the calls that it tells of.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import functools
 import logging
 import signal
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,16 +29,18 @@ from rlhf.preflight import check_ranks
 from trainer.config import ProfileConfig
 from trainer.errors import described
 from trainer.learner import Learner, device_of
+from trainer.parallel.config import Launcher
 from trainer.parallel.leader import LeadingLearner, call_to_build, follow, wait_to_build
 from trainer.parallel.mesh import Team, is_broken
 from trainer.parallel.world import World
 
 
 @contextmanager
-def joined(config: Config) -> Iterator[Team | None]:
+def joined(config: Config, lost: Callable[[], str] | None = None) -> Iterator[Team | None]:
     """Rank 0 among the others, from now until the block ends, whatever ends it; None for one process.
 
-    Raises `UserError` when the degrees do not fit the number of ranks, or there is no such device.
+    `lost`: see `Team`. Raises `UserError` when the degrees do not fit the number of ranks, or there is no
+    such device; `RunStoppedError` for a rank that is gone where nothing else says so, as while models load.
     """
     world = World.from_environment()
     check_ranks(config, world)
@@ -45,9 +48,14 @@ def joined(config: Config) -> Iterator[Team | None]:
         yield None
         return
     with clear_sentences():
-        team = Team(world, config.learner.parallel, device_of(config.learner.device))
+        team = Team(world, config.learner.parallel, device_of(config.learner.device), lost)
     try:
         yield team
+    except RuntimeError as error:
+        explained = team.explain(error)
+        if explained is error:
+            raise
+        raise RunStoppedError(f"the run stopped: {explained}") from error
     finally:
         team.leave()
 
@@ -59,7 +67,7 @@ def build_learner(config: Config, resolved: ResolvedModel, folder: Path, team: T
     )
     build = Learner if team is None else functools.partial(_ranked, team)
     learner = build(
-        dataclasses.replace(config.learner, profile=profile),
+        dataclasses.replace(config.learner, profile=profile, threads=learner_threads(config)),
         initial_weights.load(resolved),
         loss=build_loss(config.algorithm),
         temperature=config.rollout.temperature,
@@ -70,6 +78,12 @@ def build_learner(config: Config, resolved: ResolvedModel, folder: Path, team: T
     )
     initial_weights.install_adapter(resolved, learner)
     return learner
+
+
+def learner_threads(config: Config) -> int:
+    """CPU threads of each rank, 0 for torch's own choice; on Ray that would be all cores, hence one."""
+    on_ray = config.learner.parallel.launcher is Launcher.ray
+    return config.learner.threads or (1 if on_ray else 0)
 
 
 def _ranked(team: Team, *arguments: Any, **options: Any) -> Learner:

@@ -79,6 +79,11 @@ def _arithmetic(config: Config) -> list[str]:
             f"engines generate up to {loop.staleness} step(s) ahead of the learner (loop.staleness): groups "
             f"that are not carried over are up to {loop.staleness} update(s) old when they are learned from"
         )
+    if rollout.sleep_level:
+        lines.append(
+            f"engines sleep from the end of generation to the publish, at vLLM's level {rollout.sleep_level} "
+            "(rollout.sleep_level), and the learner has their GPU memory meanwhile"
+        )
     if sampling.enabled:
         most = loop.prompts * sampling.oversample * sampling.max_rounds
         lines.insert(1, f"to find them it draws at most {most:g} prompts in {sampling.max_rounds} rounds")

@@ -141,6 +141,32 @@ class Generation:
 
 
 @dataclass(slots=True, frozen=True)
+class Resting:
+    """A source whose engines sleep once a step has its groups, until they are called again."""
+
+    source: Source
+    pool: LocalPool
+    level: int
+    """Of vLLM's sleep mode."""
+    clock: Clock
+
+    def next(self, step: int) -> Harvest:
+        """See `Source.next`."""
+        harvest = self.source.next(step)
+        with self.clock("rollout"):
+            self.pool.sleep(self.level)
+        return harvest
+
+    def stop(self) -> None:
+        """See `Source.stop`."""
+        self.source.stop()
+
+    def close(self) -> None:
+        """See `Source.close`."""
+        self.source.close()
+
+
+@dataclass(slots=True, frozen=True)
 class Direct:
     """The synchronous source: a step generates when it asks."""
 

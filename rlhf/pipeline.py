@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.utils import logging as transformers_logging
@@ -31,11 +31,12 @@ from rlhf.evaluation.config import Split
 from rlhf.evaluation.graders import second_opinions
 from rlhf.evaluation.runner import Evaluation, evaluate, sampling_for
 from rlhf.files import replace_text
-from rlhf.generation import Direct, Generation, Source
+from rlhf.generation import Direct, Generation, Resting, Source
+from rlhf.launching import launched
 from rlhf.loop import Summary, train
 from rlhf.memory import MemoryMonitor
 from rlhf.models import ResolvedModel
-from rlhf.placement import Placement, place
+from rlhf.placement import Placement, placement_of
 from rlhf.preflight import check_length, check_packages, claim_run_folder, config_file, source_names
 from rlhf.resume import FolderLock
 from rlhf.rewards.base import Scorer
@@ -59,6 +60,9 @@ from trainer.model import hub_names, load_model, save_model
 from trainer.parallel.mesh import Team
 from trainer.parallel.world import World
 
+if TYPE_CHECKING:
+    from trainer.parallel.ray_cluster import Places
+
 logger = logging.getLogger(__name__)
 
 PYTHON_PART = "reward"
@@ -81,9 +85,10 @@ def train_config(
     """
     if World.from_environment().follows:
         raise SystemExit(follow_config(config))
-    with joined(config) as team:
+    with launched(config) as ranks, joined(config, ranks.lost if ranks else None) as team:
         with faults.stopping(config, lambda: "the run could not start"), clear_sentences():
-            run = build(config, recipe, reward=reward, dataset=dataset, team=team)
+            places = ranks.places if ranks else None
+            run = build(config, recipe, reward=reward, dataset=dataset, team=team, places=places)
         return _train(run)
 
 
@@ -177,8 +182,12 @@ def build(
     reward: Callable[..., Any] | None = None,
     dataset: Sequence[Mapping[str, Any]] | None = None,
     team: Team | None = None,
+    places: Places | None = None,
 ) -> Run:
-    """Load all that a run needs, engines and learner side by side; close what was opened on failure."""
+    """Load all that a run needs, engines and learner side by side; close what was opened on failure.
+
+    `team`: this process among the learner's ranks; `places`: taken in a Ray cluster, the engines' first.
+    """
     transformers_logging.disable_progress_bar()
     check_packages(config)
     config = _with_python_parts(config, reward, dataset)
@@ -192,7 +201,7 @@ def build(
         check_length(config, resolved.folder)
         tokenizer = models.load_tokenizer(resolved, config.model)
         prompts, heldout = _prompts(config, splits, tokenizer)
-        placement = _placement(config)
+        placement = placement_of(config, ranks=World.from_environment().local_size)
         folder = claim_run_folder(config, recipe)
         lock = opened.enter_context(closing(FolderLock(folder)))
         start = resume.find(config, folder)
@@ -200,7 +209,7 @@ def build(
             opened.callback(config_file(folder).unlink, missing_ok=True)
         else:
             initial_weights.agree(resolved.initial, folder)
-        host = opened.enter_context(closing(open_host(config.rollout, placement.engines)))
+        host = opened.enter_context(closing(open_host(config.rollout, placement.engines, places)))
         learner, engines = _learner_and_engines(config, resolved, folder, placement, team, host)
         pool = opened.enter_context(closing(LocalPool(engines, config.run.seed, host)))
         probe = _probe(config, prompts, tokenizer)
@@ -265,12 +274,11 @@ def _go_on(run: Run, start: resume.Start) -> dict[str, str]:
 
 def _source(config: Config, generation: Generation, clock: Clock) -> Source:
     """Where steps get their groups from: generated when they ask, or up to `loop.staleness` steps ahead."""
-    loop = config.loop
-    return (
-        Ahead(generation, clock, lead=loop.staleness, last=loop.steps)
-        if loop.staleness
-        else Direct(generation, clock)
-    )
+    loop, level = config.loop, config.rollout.sleep_level
+    if loop.staleness:
+        return Ahead(generation, clock, lead=loop.staleness, last=loop.steps)
+    direct = Direct(generation, clock)
+    return Resting(direct, generation.pool, level, clock) if level else direct
 
 
 def _decode(tokenizer: Any, token_ids: list[int]) -> str:
@@ -417,24 +425,6 @@ def _engines(
         raise EngineError(f"an engine could not be loaded: {described(error)}.") from error
 
 
-def _placement(config: Config, learner: bool = True) -> Placement:
-    """Where the engines run on this machine."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if gpus and learner and config.rollout.process is EngineProcess.inprocess:
-        raise UserError(
-            "rollout.process=inprocess has no way for weights on a GPU, which travel between processes: set "
-            "rollout.process=child."
-        )
-    rollout = config.rollout
-    return place(
-        gpus,
-        engines=rollout.engines,
-        tensor_parallel=rollout.tensor_parallel,
-        learner=learner,
-        ranks=World.from_environment().local_size,
-    )
-
-
 def _write_records(config: Config, folder: Path, resolved: ResolvedModel, scorer: Scorer) -> None:
     """What ran: every key, the model, the graders by version, the machine."""
     graders = ", ".join(f"{part}={label}" for part, label in scorer.graders().items())
@@ -485,7 +475,7 @@ def _evaluate(config: Config) -> Evaluation:
         tokenizer = models.load_tokenizer(resolved, config.model)
         prompts = PromptBuilder(tokenizer, config.data, config.model).build(evaluated).prompts
         training = config.rollout.sampling(models.end_token_ids(tokenizer, resolved.folder))
-        placement = _placement(config, learner=False)
+        placement = placement_of(config, learner=False)
         model = str(resolved.folder)
         if resolved.adapter is not None:
             model = opened.enter_context(tempfile.TemporaryDirectory(prefix="whetstone-merged-"))

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+from rlhf.config import Config
 from rlhf.errors import UserError
+from rollout.config import EngineProcess, PoolKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,3 +47,44 @@ def place(
         f"{engines * tensor_parallel} GPUs{' beside the learner' * learner}, of {gpus} that this process "
         f"sees: lower them, or show it more (CUDA_VISIBLE_DEVICES)."
     )
+
+
+def placement_of(config: Config, *, learner: bool = True, ranks: int = 1) -> Placement:
+    """Where the engines of `config` run, beside a learner with `ranks` ranks on this machine.
+
+    On nodes of a Ray cluster there are GPUs where this process sees some; which, Ray decides.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    rollout = config.rollout
+    if gpus and learner and rollout.process is EngineProcess.inprocess:
+        raise UserError(
+            "rollout.process=inprocess has no way for weights on a GPU, which travel between processes: set "
+            "rollout.process=child."
+        )
+    if rollout.pool is PoolKind.ray and rollout.ray.cluster:
+        engines = tuple(range(rollout.tensor_parallel)) if gpus else ()
+        placed = Placement(engines=(engines,) * rollout.engines)
+    else:
+        placed = place(
+            gpus,
+            engines=rollout.engines,
+            tensor_parallel=rollout.tensor_parallel,
+            learner=learner,
+            ranks=ranks,
+        )
+    _check_sleep(rollout.sleep_level, placed, learner)
+    return placed
+
+
+def _check_sleep(level: int, placed: Placement, learner: bool) -> None:
+    """Refuse a sleep that would free nothing that anybody wants."""
+    if level and not placed.on_gpu:
+        raise UserError(
+            f"rollout.sleep_level={level} frees GPU memory, and here engines run on CPUs, where vLLM has no "
+            "sleep mode: set rollout.sleep_level=0."
+        )
+    if level and learner and not placed.shared:
+        raise UserError(
+            f"rollout.sleep_level={level} frees memory of a GPU that engine and learner share, and here "
+            "engines have GPUs of their own: set rollout.sleep_level=0."
+        )

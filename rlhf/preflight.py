@@ -16,6 +16,7 @@ from rlhf.tracking.base import build as build_trackers
 from rollout.config import EngineProcess
 from rollout.engine_spec import max_positions
 from trainer.config import NEEDS_BITSANDBYTES, OptimizerName
+from trainer.parallel.config import Launcher
 from trainer.parallel.world import World
 
 _WHOLE_ONLY = {
@@ -58,7 +59,9 @@ def check_ranks(config: Config, world: World) -> None:
 
 def dry_run(config: Config, recipe: str) -> str:
     """Validate all that can be validated without a model; returns what would run. Writes nothing."""
-    check_ranks(config, World.from_environment())
+    parallel = config.learner.parallel
+    on_ray = parallel.launcher is Launcher.ray
+    check_ranks(config, World(size=parallel.product) if on_ray else World.from_environment())
     check_packages(config)
     folder = run_folder(config, recipe)
     with clear_sentences():

@@ -31,7 +31,8 @@ MAY_CHANGE = (
     "resume", "run.name", "run.dir", "run.watchdog_minutes", "loop.steps", "loop.max_tokens",
     "checkpoint.*", "evaluation.every", "tracking.*", "learner.on_nonfinite", "learner.token_budget",
     "learner.memory.*", "learner.parallel.*", "rollout.kv_cache_gib", "rollout.gpu_memory",
-    "rollout.max_num_seqs", "reward.timeout_s", "reward.memory_mb", "reward.workers",
+    "rollout.max_num_seqs", "rollout.sleep_level", "rollout.pool", "rollout.ray.*", "reward.timeout_s",
+    "reward.memory_mb", "reward.workers",
 )  # fmt: skip
 """Keys, `*` for any text, in which a resumed run may differ from what its folder says: what changes nothing,
 and what a fault may ask for (memory, time limits), which changes numbers by their rounding only."""

@@ -42,6 +42,7 @@ from rollout.wire import (
     unpack_completions,
 )
 from trainer.errors import described
+from trainer.parallel.visible_gpus import VISIBLE_GPUS, gpu_names
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +68,6 @@ IDLE_THREADS = {"KMP_BLOCKTIME": "3"}
 """Milliseconds for which Intel's OpenMP lets an idle thread spin. Its default of 200 takes a core from the
 learner whenever the engine has just answered: scoring the probe after a publish took twice as long."""
 
-VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
-
 CLOSE_SECONDS = 10.0
 """How long a child may take to release its engine before it is killed."""
 
@@ -82,6 +81,7 @@ DOING = {
     "receive_weights": "installing weights",
     "pause": "pausing",
     "resume": "resuming",
+    "sleep": "going to sleep",
 }
 """Calls in words."""
 
@@ -171,6 +171,10 @@ class ChildEngine:
     def resume(self) -> None:
         """See `rollout.vllm_engine.VllmEngine.resume`."""
         self._exchange("resume")
+
+    def sleep(self, level: int) -> None:
+        """See `rollout.vllm_engine.VllmEngine.sleep`."""
+        self._exchange("sleep", level)
 
     def memory(self) -> dict[str, float]:
         """Resident bytes of the child and bytes of its KV cache."""
@@ -382,12 +386,6 @@ def _environment(spec: EngineSpec, gpus: Sequence[int] = ()) -> dict[str, str]:
     if gpus:
         variables[VISIBLE_GPUS] = gpu_names(gpus)
     return variables
-
-
-def gpu_names(gpus: Sequence[int]) -> str:
-    """These of the GPUs that this process sees, as `VISIBLE_GPUS` names them to a process of its own."""
-    ours = [name for name in os.environ.get(VISIBLE_GPUS, "").split(",") if name]
-    return ",".join(ours[gpu] if ours else str(gpu) for gpu in gpus)
 
 
 def preload_libraries() -> tuple[str, ...]:

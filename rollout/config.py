@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from rollout.engine import Sampling
+from trainer.parallel.config import RayConfig
 
 
 class PoolKind(StrEnum):
@@ -15,19 +16,6 @@ class PoolKind(StrEnum):
     """On this machine."""
     ray = "ray"
     """On the nodes of a Ray cluster, or of a Ray that is started on this machine."""
-
-
-class RayStrategy(StrEnum):
-    """How Ray spreads engines over nodes."""
-
-    PACK = "PACK"
-    """On as few as there is room on."""
-    SPREAD = "SPREAD"
-    """On as many as there are."""
-    STRICT_PACK = "STRICT_PACK"
-    """All on one, or not at all."""
-    STRICT_SPREAD = "STRICT_SPREAD"
-    """Each on another, or not at all."""
 
 
 class EngineProcess(StrEnum):
@@ -45,35 +33,6 @@ class EngineDtype(StrEnum):
     bfloat16 = "bfloat16"
     float16 = "float16"
     float32 = "float32"
-
-
-@dataclass
-class RayConfig:
-    """Where in which Ray cluster the engines run (`rollout.pool=ray`)."""
-
-    address: str = ""
-    """`host:port` of a cluster's head, or `auto` for the one that this machine belongs to. Empty: what the
-    variable `RAY_ADDRESS` says, else a Ray that is started here and ends with the run."""
-    strategy: RayStrategy = RayStrategy.PACK
-    """`PACK` (as few nodes as there is room on), `SPREAD`, `STRICT_PACK` or `STRICT_SPREAD`."""
-    places: list[str] = field(default_factory=list)
-    """Custom Ray resources that say where engines go, dealt out in turn: engine 0 runs on a node that has the
-    first. A node gets them at its start (`ray start --resources='{"switch-a": 1}'`); `node:ADDRESS` is a
-    resource that every node has. Empty: anywhere."""
-    wait_s: float = 60.0
-    """Seconds to wait for the cluster to have room for the engines."""
-
-    def check(self) -> list[str]:
-        """Sentences about values that cannot work, empty when all can."""
-        problems = []
-        if not self.wait_s > 0:
-            problems.append(f"rollout.ray.wait_s={self.wait_s:g} must be above 0: raise it.")
-        if self.address.startswith("ray://"):
-            problems.append(
-                f"rollout.ray.address={self.address} is a Ray client's: run on a node of the cluster and "
-                "give the head's host:port, or auto."
-            )
-        return problems
 
 
 @dataclass
@@ -116,6 +75,10 @@ class RolloutConfig:
     """CPU threads of one engine; 0: the usable cores, divided among the engines."""
     eager: bool = False
     """Skip compilation: starts sooner, generates more slowly."""
+    sleep_level: int = 0
+    """What an engine that shares the learner's GPU does while the learner learns: 0 stays as it is; 1 moves
+    its weights to main memory and drops its KV cache (vLLM's sleep mode), until the next publish; 2 drops its
+    weights too, which the next publish brings anyway. `gpu_memory` may then be larger."""
     prefix_caching: bool = True
     """Compute a prompt's common prefix once for all its samples."""
     tensor_parallel: int = 1
@@ -167,6 +130,13 @@ class RolloutConfig:
                 "rollout.pool=ray with rollout.process=inprocess: an engine on Ray has a process of its own; "
                 "use rollout.process=child."
             )
+        if self.sleep_level > 2:
+            problems.append(f"rollout.sleep_level={self.sleep_level} is none of vLLM's: set 0, 1 or 2.")
+        if self.sleep_level and self.restarts > 0:
+            problems.append(
+                f"rollout.sleep_level={self.sleep_level} is for engines on a GPU, which cannot be started "
+                "again: set rollout.restarts=0."
+            )
         problems += self.ray.check()
         if any(not text for text in self.stop):
             problems.append('rollout.stop holds an empty string, which would end every response: remove "".')
@@ -193,6 +163,7 @@ _LEAST = {
     "max_model_len": 0,
     "max_num_seqs": 1,
     "kv_cache_gib": 0,
+    "sleep_level": 0,
     "threads": 0,
     "tensor_parallel": 1,
 }

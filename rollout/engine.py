@@ -93,6 +93,15 @@ class Engine(Protocol):
 
 
 @runtime_checkable
+class Sleeper(Protocol):
+    """What an engine that can sleep has besides."""
+
+    def sleep(self, level: int) -> None:
+        """Give GPU memory back until the next call that needs it; see `VllmEngine.sleep`."""
+        ...
+
+
+@runtime_checkable
 class OwnProcess(Protocol):
     """What an engine in a process of its own has besides."""
 

@@ -37,6 +37,7 @@ CALLS = frozenset(
         "weight_version",
         "pause",
         "resume",
+        "sleep",
         "close",
     )
 )

@@ -48,6 +48,8 @@ class EngineSpec:
     tensor_parallel: int = 1
     gpu_memory: float = 0.45
     """Share of a GPU's memory that the engine may take."""
+    sleep_mode: bool = False
+    """Whether the engine can `sleep`: vLLM takes GPU memory otherwise then. Not on a CPU."""
     trust_remote_code: bool = False
     preload: bool = True
     """Child process only: preload tcmalloc and Intel's OpenMP where they are found."""

@@ -8,13 +8,18 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rollout.config import PoolKind, RolloutConfig
-from rollout.engine import Completion, Engine, OwnProcess, Request, Sampling
+from rollout.engine import Completion, Engine, OwnProcess, Request, Sampling, Sleeper
 from rollout.engine_spec import EngineSpec, thread_count, usable_cores
 from rollout.host import EngineHost, LocalHost
 from rollout.restarts import RestartingEngine, Restarts
 from rollout.types import FinishReason, Group, Prompt, Trajectory, sample_seed
+from trainer.parallel.places import Place, needs_ray
+
+if TYPE_CHECKING:
+    from trainer.parallel.ray_cluster import Places
 
 Decode = Callable[[list[int]], str]
 """Token ids to text without special tokens."""
@@ -68,6 +73,16 @@ class LocalPool:
         answer."""
         return {engine.label: engine.stacks() for engine in self.engines if isinstance(engine, OwnProcess)}
 
+    def sleep(self, level: int) -> None:
+        """Have all engines give GPU memory back until they are next called; see `VllmEngine.sleep`.
+
+        Raises TypeError for an engine that cannot.
+        """
+        for engine in self.engines:
+            if not isinstance(engine, Sleeper):
+                raise TypeError(f"{type(engine).__name__} has no sleep mode.")
+            engine.sleep(level)
+
     def metrics(self) -> dict[str, float]:
         """Counts over the life of the pool, of what may happen to it."""
         first = self.engines[0]
@@ -111,30 +126,50 @@ class LocalPool:
         return Group(id=draw.group_id, prompt=draw.prompt, trajectories=trajectories, born=born)
 
 
-def open_host(config: RolloutConfig, gpus: Sequence[Sequence[int]] = ()) -> EngineHost:
+def open_host(
+    config: RolloutConfig, gpus: Sequence[Sequence[int]] = (), places: Places | None = None
+) -> EngineHost:
     """Where the engines of `config` will run: this machine, or places in a Ray cluster, taken from now on.
 
-    `gpus`: one list of numbers an engine, of the GPUs that this process sees. Raises ValueError when Ray is
-    not installed, its cluster does not answer, or has no room.
+    `gpus`: one list of numbers an engine, of the GPUs that this process sees. `places`: those that begin with
+    `engine_places`, where they are taken already; they are not closed with the host. Raises ValueError when
+    Ray is not installed, its cluster does not answer, or has no room.
     """
     if config.pool is PoolKind.local:
         return LocalHost(config.process, gpus)
-    try:
+    with needs_ray("rollout.pool=ray", "rollout.pool=local"):
         from rollout.ray_host import RayHost
-    except ModuleNotFoundError as error:
-        if error.name != "ray":
-            raise
-        raise ValueError(
-            "rollout.pool=ray needs the package ray, which is not installed: pip install 'ray==2.60.*', or "
-            "use rollout.pool=local."
-        ) from None
+        from trainer.parallel import ray_cluster
+
+    own = sorted({gpu for each in gpus for gpu in each})
     return RayHost(
-        config.ray,
+        places or ray_cluster.Places(config.ray, engine_places(config, gpus), own),
         engines=config.engines,
-        threads=thread_count(config.threads or _threads_each(config.engines)),
-        gpus=config.tensor_parallel if gpus and gpus[0] else 0,
-        own_gpus=sorted({gpu for own in gpus for gpu in own}),
+        threads=_ray_threads(config),
+        wait_s=config.ray.wait_s,
+        owned=places is None,
     )
+
+
+def engine_places(config: RolloutConfig, gpus: Sequence[Sequence[int]] = ()) -> list[Place]:
+    """What the engines of `config` take of a Ray cluster, in their order; nothing when they are not there."""
+    if config.pool is PoolKind.local:
+        return []
+    where = config.ray.places
+    return [
+        Place(
+            what="engine",
+            cpus=_ray_threads(config),
+            gpus=config.tensor_parallel if gpus and gpus[0] else 0,
+            where=where[index % len(where)] if where else "",
+        )
+        for index in range(config.engines)
+    ]
+
+
+def _ray_threads(config: RolloutConfig) -> int:
+    """CPU threads of one engine on Ray, decided here for all nodes."""
+    return thread_count(config.threads or _threads_each(config.engines))
 
 
 def build_engines(
@@ -171,6 +206,7 @@ def build_engines(
             transport=transport,
             tensor_parallel=config.tensor_parallel,
             gpu_memory=config.gpu_memory,
+            sleep_mode=config.sleep_level > 0,
             trust_remote_code=trust_remote_code,
             log_path=str(log_folder / f"engine-{index}.log") if log_folder else "",
         )

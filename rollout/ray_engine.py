@@ -9,14 +9,11 @@ in the same circumstances as a local one, and gives the same tokens.
 from __future__ import annotations
 
 import contextlib
-import os
-import platform
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, NodeDiedError, ObjectLostError, RayActorError, RayError
+from ray.exceptions import RayError
 
 from rollout.child_engine import CLOSE_SECONDS, DOING, STACKS_SECONDS, ChildEngine
 from rollout.engine import Completion, Request, Sampling
@@ -24,16 +21,13 @@ from rollout.engine_server import portable
 from rollout.engine_spec import EngineSpec
 from rollout.errors import LOADING, EngineDied, EngineError
 from rollout.wire import pack_requests, unpack_completions
+from trainer.parallel.ray_cluster import LOST, machine_identity, why_lost
 
 Answer = tuple[bool, Any]
 """`(True, result)`, or `(False, (exception, its traceback))` as of `rollout.engine_server.portable`."""
 
 CONCURRENT = 3
 """Calls that an actor serves at once: a round, new weights in its midst, and where its threads are."""
-
-
-LOST = (RayActorError, NodeDiedError, ObjectLostError)
-"""What Ray raises when an actor, its node, or an answer on it is gone."""
 
 
 class EngineActor:
@@ -134,6 +128,10 @@ class RayEngine:
         """See `rollout.vllm_engine.VllmEngine.resume`."""
         self._call("resume")
 
+    def sleep(self, level: int) -> None:
+        """See `rollout.vllm_engine.VllmEngine.sleep`."""
+        self._call("sleep", level)
+
     def memory(self) -> dict[str, float]:
         """Resident bytes of the child and bytes of its KV cache."""
         return self._call("memory")
@@ -173,7 +171,7 @@ class RayEngine:
         except LOST as error:
             raise EngineDied(
                 f"engine {self._index}, a Ray actor on node {self.node}, was lost while {doing}: "
-                f"{_reason(error)}."
+                f"{why_lost(error)}."
             ) from None
         if succeeded:
             return value
@@ -188,19 +186,3 @@ class RayEngine:
             return type(failure)(f"{str(failure).rstrip('.')} on node {self.node}.")
         failure.add_note(f"On node {self.node}:\n{lines}")
         return failure
-
-
-def machine_identity() -> str:
-    """Equal in two processes where one can open the other's memory: same boot, process numbers and user."""
-    if platform.system() != "Linux":
-        return platform.node()
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')} {os.getuid()}"
-
-
-def _reason(error: RayError) -> str:
-    """Why an actor is gone, in a few of Ray's many words."""
-    if isinstance(error, ActorUnavailableError):
-        return "the connection to it broke"
-    said = re.search(r"The actor is dead because (.+?)\.\s", f"{error} ")
-    return said[1] if said else str(error).partition("\n")[0].rstrip(".")

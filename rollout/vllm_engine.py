@@ -34,7 +34,7 @@ from rollout.engine_spec import (
     text_config,
     thread_count,
 )
-from rollout.errors import LOADING, engine_failures
+from rollout.errors import LOADING, EngineError, engine_failures
 from rollout.types import FinishReason, VersionSpan
 
 CPU_STEP_TOKENS = 2048
@@ -61,6 +61,8 @@ class VllmEngine:
         self._version = 0
         self._counter = 0
         self._aside: Any = None
+        self._asleep = 0
+        self._dropped = False
         self.between_steps: Callable[[], None] = _nothing
         """Called between two steps; it may `pause`, then score and receive weights, and `resume`."""
         text_config(spec.model)
@@ -139,11 +141,13 @@ class VllmEngine:
         hashes), taken from `last_report` of its transfer engine.
         """
         with _undisturbed_process(self.spec.threads), engine_failures("installing weights"):
+            self._wake()
             self._llm.collective_rpc("start_weight_update")
             self._llm.collective_rpc("update_weights", kwargs={"update_info": info})
             self._llm.collective_rpc("finish_weight_update")
             self._engine.set_weight_version(str(version))
             self._version = version
+            self._dropped = False
             self._engine.reset_prefix_cache()
             return dict(self._llm.collective_rpc(_transfer_report)[0])
 
@@ -164,6 +168,21 @@ class VllmEngine:
         """Go on with what `pause` has set aside."""
         if self._aside is not None:
             self._scheduler.waiting, self._aside = self._aside, None
+
+    def sleep(self, level: int) -> None:
+        """Give GPU memory back until the next call that needs it, which wakes the engine.
+
+        vLLM's `sleep`: `level` 1 keeps the weights in main memory, 2 drops them, after which
+        `receive_weights` must come first. Takes a `spec.sleep_mode`; on a CPU nothing is freed.
+        """
+        with _undisturbed_process(self.spec.threads), engine_failures("going to sleep"):
+            self._engine.sleep(level=level)
+        self._asleep, self._dropped = level, level == 2
+
+    def _wake(self) -> None:
+        if self._asleep:
+            self._engine.wake_up()
+            self._asleep = 0
 
     @property
     def _scheduler(self) -> Any:
@@ -204,6 +223,9 @@ class VllmEngine:
         names: list[str] = []
         finished: dict[str, Any] = {}
         with _undisturbed_process(self.spec.threads), engine_failures(doing):
+            if self._dropped:
+                raise EngineError(f"the engine has dropped its weights: {doing} waits for the next ones.")
+            self._wake()
             try:
                 for prompt, params in zip(prompts, parameters, strict=True):
                     name = str(self._counter)
@@ -275,6 +297,7 @@ def _llm_arguments(spec: EngineSpec, on_cpu: bool) -> dict[str, Any]:
         "enable_prefix_caching": spec.prefix_caching,
         "tensor_parallel_size": spec.tensor_parallel,
         "trust_remote_code": spec.trust_remote_code,
+        "enable_sleep_mode": spec.sleep_mode,
         "generation_config": "vllm",  # the model's own sampling settings must not alter training's
         "logprobs_mode": "processed_logprobs",
         "kv_cache_memory_bytes": spec.kv_cache_bytes or None,

@@ -21,9 +21,31 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 
+LONGEST = (
+    "integration/test_distributed_runs.py",
+    "integration/test_resumed_runs.py",
+    "integration/test_engine_restarts.py",
+    "rollout/test_ray_engine.py",
+    "integration/test_ray_ranks.py",
+    "integration/test_ahead_runs.py",
+    "rollout/test_ray_nodes.py",
+    "integration/test_full_disk.py",
+    "benchmarks/test_scaling.py",
+    "benchmarks/test_pool_overhead.py",
+    "rollout/test_compiled_engine.py",
+)
+"""Files that take more than a minute, the longest first: begun last, one would keep a lone worker busy."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have pytest-xdist hand files out in our order, instead of those with most tests first."""
+    config.option.loadscopereorder = False
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out `slow` tests unless `-m` is given; skip `gpu` tests where there is no CUDA device."""
+    """Longest files first; `slow` tests only where `-m` is given, `gpu` tests where there is a GPU."""
+    place = {ROOT / "tests" / name: index for index, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(LONGEST)))
     if not config.option.markexpr:
         slow = [item for item in items if "slow" in item.keywords]
         config.hook.pytest_deselected(items=slow)

@@ -4,7 +4,7 @@
 
 The arms are whole `rlhf train` runs in processes of their own, in turn. The synchronous one has every core in
 each phase. Of the asynchronous ones the first gives engine and learner every core too, the second half of
-them each. `--quick` is `dapo/tiny` for a few steps: it shows that this works, not what it gains.
+them each. `--quick` is `dapo/tiny` for a few steps on one core: it shows that this works, not what it gains.
 
 The ideal is that of the synchronous run's own phases: a step as long as the longer of generation (rollout and
 reward) and of the rest. It takes for granted that neither slows the other down, so that on shared cores,
@@ -118,9 +118,9 @@ def table(found: Mapping[str, Timing]) -> str:
     return f"{markdown(columns, rows)}\n\nideal step: {ideal:.3g} s ({base.step / ideal:.2f} x)"
 
 
-def run(arm: Arm, recipe: str, overrides: Sequence[str], folder: Path) -> list[dict[str, float]]:
+def run(arm: Arm, recipe: str, overrides: Sequence[str], folder: Path, cores: int) -> list[dict[str, float]]:
     """Train one arm into `folder`; its rows of metrics."""
-    threads = max(1, int(len(os.sched_getaffinity(0)) * arm.share))
+    threads = max(1, int(cores * arm.share))
     command = [
         sys.executable,
         "-m",
@@ -141,13 +141,18 @@ def run(arm: Arm, recipe: str, overrides: Sequence[str], folder: Path) -> list[d
 
 
 def measure(
-    recipe: str, overrides: Sequence[str], out: Path, repeats: int, arms: Sequence[Arm] = ARMS
+    recipe: str,
+    overrides: Sequence[str],
+    out: Path,
+    repeats: int,
+    cores: int,
+    arms: Sequence[Arm] = ARMS,
 ) -> dict[str, Timing]:
     """Every arm `repeats` times in turn; the median of its runs by step time."""
     runs: dict[str, list[Timing]] = {arm.name: [] for arm in arms}
     for repeat in range(repeats):
         for index, arm in enumerate(arms):
-            rows = run(arm, recipe, overrides, out / f"arm-{index}-{repeat}")
+            rows = run(arm, recipe, overrides, out / f"arm-{index}-{repeat}", cores)
             runs[arm.name].append(timing(rows))
     return {name: sorted(found, key=lambda one: one.step)[len(found) // 2] for name, found in runs.items()}
 
@@ -162,9 +167,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_args(arguments)
     recipe, steps, repeats = "dapo/arithmetic", given.steps, given.repeats
+    cores = len(os.sched_getaffinity(0))
     if given.quick:
-        recipe, steps, repeats = "dapo/tiny", WARM_UP + 2, 1
-    found = measure(recipe, [f"loop.steps={steps}", *given.overrides], given.out, repeats)
+        recipe, steps, repeats, cores = "dapo/tiny", WARM_UP + 1, 1, 1
+    found = measure(recipe, [f"loop.steps={steps}", *given.overrides], given.out, repeats, cores)
     print(table(found))
 
 

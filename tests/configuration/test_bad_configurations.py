@@ -161,6 +161,18 @@ CASES = [
         "rollout.restarts=2 makes the round of a lost engine again under one version, and loop.inflight_updates=true mixes two in it: set one of them off.",
     ),
     (
+        [*AHEAD, "rollout.sleep_level=2"],
+        "rollout.sleep_level=2 has engines sleep while the learner learns, and loop.staleness=2 has them generate then: set one of them to 0.",
+    ),
+    (
+        ["learner.parallel.launcher=ray"],
+        "learner.parallel.launcher=ray starts replicate x shard x tensor ranks, which are 1: set learner.parallel.shard to the number of ranks.",
+    ),
+    (
+        ["learner.parallel.context=2"],
+        "Unknown key 'learner.parallel.context' in 'learner.parallel.context=2': ",
+    ),
+    (
         [*AHEAD, "algorithm.old_logprobs=current", "loop.mini_batch=0"],
         "algorithm.old_logprobs=current is for fresh groups only, and loop.staleness=2 trains on older ones: set old_logprobs=recompute.",
     ),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from rlhf.compose import load
 from rlhf.errors import UserError
-from rlhf.placement import place
+from rlhf.placement import place, placement_of
 
 
 @pytest.mark.parametrize(
@@ -42,3 +43,32 @@ def test_a_learner_of_several_ranks_takes_as_many_gpus() -> None:
     assert place(8, engines=2, tensor_parallel=2, ranks=4).engines == ((4, 5), (6, 7))
     with pytest.raises(UserError, match="of 2 that this process sees"):
         place(2, engines=1, tensor_parallel=1, ranks=2)
+
+
+def test_a_sleep_that_frees_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load("dapo/tiny", ["rollout.sleep_level=1", "rollout.process=child"])
+    see_gpus(monkeypatch, 0)
+    with pytest.raises(UserError, match=r"^rollout\.sleep_level=1 frees GPU memory, and here engines run on"):
+        placement_of(config)
+    see_gpus(monkeypatch, 2)
+    with pytest.raises(UserError, match=r"^rollout\.sleep_level=1 frees memory of a GPU that engine and"):
+        placement_of(config)
+    assert placement_of(config, learner=False).engines == ((0,),)
+    see_gpus(monkeypatch, 1)
+    assert placement_of(config).shared
+
+
+def test_gpus_of_a_cluster_are_not_counted_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    see_gpus(monkeypatch, 1)
+    asked = ["rollout.process=child", "rollout.pool=ray", "rollout.engines=4", "rollout.tensor_parallel=2"]
+    found = placement_of(load("dapo/tiny", [*asked, "rollout.ray.address=head:6379"]), ranks=8)
+    assert (found.engines, found.shared) == (((0, 1),) * 4, False)
+    with pytest.raises(UserError, match="of 1 that this process sees"):
+        placement_of(load("dapo/tiny", asked))
+
+
+def see_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Have torch count so many GPUs."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: count > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)

@@ -180,3 +180,11 @@ def test_a_dry_run_counts_the_ranks(
     monkeypatch.setenv("RANK", "1")
     assert main(["recipes"]) == 0
     assert capsys.readouterr().out == "", "rank 0 prints it"
+
+
+def test_a_dry_run_counts_the_ranks_that_ray_would_start(capsys: pytest.CaptureFixture[str]) -> None:
+    on_ray = ["learner.parallel.launcher=ray", "learner.parallel.shard=2"]
+    assert main(["train", DAPO, "--dry-run", *on_ray]) == 2
+    assert "rollout.process=inprocess would put vLLM among the 2 ranks" in capsys.readouterr().err
+    assert main(["train", DAPO, "--dry-run", *on_ray, "rollout.process=child"]) == 0
+    assert "can run" in capsys.readouterr().out

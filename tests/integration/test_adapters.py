@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from rlhf import loop, pipeline
 from rlhf.compose import load
 from rlhf.errors import RunStoppedError
+from rlhf.placement import placement_of
 from rollout.errors import EngineDied
 from rollout.host import LocalHost
 from tests.adapters.test_lora import lora_learner
@@ -122,7 +123,7 @@ def frozen(learner: Learner) -> Any:
     """The tensors that a publisher is told never change."""
     engine: Any = SimpleNamespace(weight_version=0, init_transfer=lambda info: None)
     config = load(TINY)
-    placement = pipeline._placement(config)
+    placement = placement_of(config)
     host, folder = LocalHost(), Path("unused")
     publisher = pipeline._publisher(config, [engine], [[1, 2]], learner, placement, host, folder)
     publisher.close()

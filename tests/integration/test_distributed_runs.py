@@ -2,77 +2,41 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from rlhf.checkpoint import STATE, Checkpoints
 from rlhf.state_file import read as read_state
 from rlhf.tracking.jsonl import read
+from tests.integration.commands import ALONE, finish, sentences, start, wait_for_rows
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-RLHF = ["-m", "rlhf.cli"]
 TRAIN = ["train", "dapo/tiny", "run.dir=run", "rollout.process=child", "evaluation.every=0"]
 
 
-def start(
-    cwd: Path, *arguments: str, launcher: list[str] = TORCHRUN, program: list[str] = RLHF
-) -> subprocess.Popen[str]:
-    """A command in a session of its own."""
-    return subprocess.Popen(
-        [*launcher, *program, *arguments],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finish(process: subprocess.Popen[str], *, succeeds: bool = True) -> str:
-    """Wait for the end; returns what was said. No process of it is left."""
-    family = _family(process.pid)
-    said = process.communicate(timeout=400)[0]
-    assert (process.returncode == 0) is succeeds, said
-    _, alive = psutil.wait_procs(family, timeout=20)
-    assert alive == [], said
-    return said
-
-
-def _family(pid: int) -> list[psutil.Process]:
-    """All descendants; none of a process that has ended already."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return psutil.Process(pid).children(recursive=True)
-    return []
-
-
-def sentences(said: str) -> list[str]:
-    """The lines in which `rlhf` says why it ended."""
-    return [line for line in said.splitlines() if line.startswith("rlhf: ")]
-
-
 def test_a_run_goes_from_two_ranks_to_one_and_back(tmp_path: Path) -> None:
-    said = finish(start(tmp_path, *TRAIN, "loop.steps=2"))
-    assert said.count("2 steps: held-out accuracy") == 1
-    replayed = finish(start(tmp_path, "replay", "run@1", launcher=[sys.executable]), succeeds=False)
-    finish(start(tmp_path, *TRAIN, "loop.steps=3", "resume=auto", launcher=[sys.executable]))
-    finish(start(tmp_path, *TRAIN, "loop.steps=4", "resume=auto"))
-    rows = read(tmp_path / "run" / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
-    assert [row["weights/version"] for row in rows] == [1, 2, 3, 4, 5]
-    assert max(row["weights/probe_gap_mean"] for row in rows) < 1e-4
-    assert rows[4]["learner/optimizer_steps"] > rows[2]["learner/optimizer_steps"] > 0
+    """SIGTERM ends it after the step in progress, which is saved; one process goes on, then two again."""
+    process = start(tmp_path, *TRAIN, "loop.steps=500")
+    wait_for_rows(process, tmp_path, 2)
+    process.send_signal(signal.SIGTERM)
+    said = finish(process, succeeds=False)
+    assert "interrupted after step" in "".join(sentences(said)), said
     checkpoints = Checkpoints(tmp_path / "run")
-    assert [checkpoints.problem(step) for step in checkpoints.steps()] == ["", ""]
-    state = read_state(checkpoints.path(4) / STATE)["learner"]
+    (first,) = checkpoints.steps()
+    assert checkpoints.problem(first) == ""
+    replayed = finish(start(tmp_path, "replay", "run@1", launcher=ALONE), succeeds=False)
+    finish(start(tmp_path, *TRAIN, f"loop.steps={first + 1}", "resume=auto", launcher=ALONE))
+    said = finish(start(tmp_path, *TRAIN, f"loop.steps={first + 2}", "resume=auto"))
+    assert said.count(f"{first + 2} steps: held-out accuracy") == 1
+    rows = read(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(first + 3))
+    assert [row["weights/version"] for row in rows] == list(range(1, first + 4))
+    assert max(row["weights/probe_gap_mean"] for row in rows) < 1e-4
+    assert rows[first + 2]["learner/optimizer_steps"] > rows[first]["learner/optimizer_steps"] > 0
+    assert checkpoints.steps()[-2:] == [first + 1, first + 2]
+    assert {checkpoints.problem(step) for step in checkpoints.steps()} == {""}
+    state = read_state(checkpoints.path(first + 2) / STATE)["learner"]
     assert {type(moment) for moment in state["optimizer"]["0"]["state"][0]} == {str}
     (norms,) = (line.split()[1:3] for line in replayed.splitlines() if "learner/grad_norm " in line)
     assert float(norms[0]) == pytest.approx(float(norms[1]), rel=1e-5), "learned again by one process"
@@ -131,23 +95,3 @@ def test_no_rank_outlives_a_failure(rank: str, what: str, said_at_last: str, tmp
         assert len(sentences(said)) == 1, said
     # After a kill torchrun gives rank 0 half a minute, which a busy machine may take to write the report.
     assert all(said_at_last and sentence.startswith(said_at_last) for sentence in sentences(said)), said
-
-
-def wait_for_rows(process: subprocess.Popen[str], folder: Path, rows: int) -> None:
-    """Until so many rows are logged, or the run has ended."""
-    path = folder / "run" / "metrics.jsonl"
-    limit = time.monotonic() + 300
-    while process.poll() is None and time.monotonic() < limit:
-        if path.exists() and path.read_text().count("\n") >= rows:
-            return
-        time.sleep(0.05)
-
-
-def test_sigterm_ends_after_the_step_and_saves(tmp_path: Path) -> None:
-    process = start(tmp_path, *TRAIN, "loop.steps=500")
-    wait_for_rows(process, tmp_path, 2)
-    process.send_signal(signal.SIGTERM)
-    said = finish(process, succeeds=False)
-    assert "interrupted after step" in "".join(sentences(said)), said
-    (step,) = Checkpoints(tmp_path / "run").steps()
-    assert Checkpoints(tmp_path / "run").problem(step) == ""

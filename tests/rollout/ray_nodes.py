@@ -52,6 +52,10 @@ class Cluster:
             self.kill(name)
         self._folder.cleanup()
 
+    def pid(self, name: str) -> int:
+        """The process above all others of a node."""
+        return self._nodes[name].pid
+
     def kill(self, name: str) -> None:
         """SIGKILL to every process of a node, which takes its engines with it."""
         node = self._nodes.pop(name, None)

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from rollout.config import EngineDtype, EngineProcess, PoolKind, RayConfig, RolloutConfig
+from rollout.config import EngineDtype, EngineProcess, PoolKind, RolloutConfig
 from rollout.engine import Completion, Request, Sampling
 from rollout.errors import EngineDied
 from rollout.pool import Draw, LocalPool, build_engines, open_host
 from rollout.types import FinishReason, Prompt, VersionSpan, sample_seed
+from trainer.parallel.config import RayConfig
 
 if TYPE_CHECKING:
     from rollout.vllm_engine import VllmEngine
@@ -243,6 +244,12 @@ def test_ray_that_is_not_installed_is_one_sentence(monkeypatch: pytest.MonkeyPat
             {"pool": PoolKind.ray, "process": EngineProcess.inprocess},
             "rollout.pool=ray with rollout.process=inprocess: an engine on Ray has a process of its own; "
             "use rollout.process=child.",
+        ),
+        ({"sleep_level": 3}, "rollout.sleep_level=3 is none of vLLM's: set 0, 1 or 2."),
+        (
+            {"sleep_level": 1, "restarts": 1},
+            "rollout.sleep_level=1 is for engines on a GPU, which cannot be started again: set "
+            "rollout.restarts=0.",
         ),
         ({"ray": RayConfig(wait_s=0)}, "rollout.ray.wait_s=0 must be above 0: raise it."),
         (

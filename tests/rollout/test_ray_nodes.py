@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from rollout.config import EngineDtype, PoolKind, RayConfig, RayStrategy, RolloutConfig
+from rollout.config import EngineDtype, PoolKind, RolloutConfig
 from rollout.engine import Engine, Sampling
 from rollout.host import EngineHost
 from rollout.pool import Draw, LocalPool, build_engines, open_host
@@ -20,9 +20,9 @@ from rollout.weights.publisher import Publisher
 from rollout.weights.tcp import TcpSender
 from tests.rollout.ray_nodes import Cluster
 from tests.rollout.weights.learners import PlainLearner, sequences
+from trainer.parallel.config import RayConfig, RayStrategy
 
 ray = pytest.importorskip("ray")
-placement_group_table = ray.util.placement_group_table
 
 SAMPLING = Sampling(max_tokens=12, temperature=1.5, stop_token_ids=(2,))
 
@@ -113,9 +113,8 @@ def test_engines_on_two_nodes_then_on_one(cluster: Cluster, tiny_llama: Path) ->
 
 
 def nodes(host: Any) -> list[str]:
-    """The id of the node of each place."""
-    places: dict[int, str] = placement_group_table(host._group)["bundles_to_node_id"]
-    return [places[index] for index in sorted(places)]
+    """The id of the node of each engine."""
+    return [host.node_id(index) for index in range(2)]
 
 
 def test_places_say_where_engines_go(cluster: Cluster) -> None:
@@ -125,6 +124,9 @@ def test_places_say_where_engines_go(cluster: Cluster) -> None:
     assert len(set(nodes(host))) == 1
     host.close()
     there = RayConfig(address=cluster.address, places=["there"], wait_s=1)
-    with pytest.raises(ValueError, match=r"no room for 2 engines within rollout\.ray\.wait_s=1 \(each takes"):
+    with pytest.raises(
+        ValueError,
+        match=r"no room for 2 engines \(each takes CPU 1, there 0\.001\) within rollout\.ray\.wait_s=1 ",
+    ):
         open_host(config(pool=PoolKind.ray, ray=there))
     assert not ray.is_initialized()

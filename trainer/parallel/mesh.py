@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -38,6 +39,9 @@ generate or evaluate meanwhile. A rank that ends is noticed at once, by its clos
 FAILURE_SECONDS = 5.0
 """How long rank 0 waits for the sentence of a rank whose connection broke."""
 
+LOST_SECONDS = 15.0
+"""The same where somebody watches the ranks: Ray takes some 3 s to notice that a node is gone."""
+
 Path = tuple[Any, ...]
 """Keys that lead through nested dictionaries."""
 
@@ -51,9 +55,16 @@ class Team:
     What is small or decides (commands, counts, metrics) goes over gloo on the CPU in either case.
     """
 
-    def __init__(self, world: World, config: ParallelConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        world: World,
+        config: ParallelConfig,
+        device: torch.device,
+        lost: Callable[[], str] | None = None,
+    ) -> None:
         """Meet the other ranks where torchrun's `MASTER_ADDR` and `MASTER_PORT` say.
 
+        `lost`: says what became of a rank that is gone, empty while that is not known; None: nobody watches.
         Raises ValueError when the degrees do not multiply to the number of ranks.
         """
         degrees = config.degrees(world.size)
@@ -62,6 +73,7 @@ class Team:
         self.rank, self.world_size = world.rank, world.size
         self.size = degrees.replicate * degrees.shard
         self.tensor = degrees.tensor
+        self._lost = lost
         self._store = _meet(world, device)
         self._mesh = _mesh(device, degrees)
         self._control = dist.new_group(backend="gloo", timeout=PATIENCE)
@@ -159,13 +171,15 @@ class Team:
         return RankError(self._failure() or "a rank of the learner has ended: look at what it printed.")
 
     def _failure(self) -> str:
-        limit = time.monotonic() + FAILURE_SECONDS
+        """What a failed rank has left in the store, or what is known of one that is gone."""
+        lost = self._lost or (lambda: "")
+        limit = time.monotonic() + (LOST_SECONDS if self._lost else FAILURE_SECONDS)
         with contextlib.suppress(RuntimeError):
-            while time.monotonic() < limit:
+            while time.monotonic() < limit and not lost():
                 if self._store.check([_FAILURE]):
                     return str(self._store.get(_FAILURE).decode())
                 time.sleep(0.1)
-        return ""
+        return lost()
 
     def leave(self) -> None:
         """Close all connections; whoever waits for this rank then fails at once."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trainer.parallel.config import Degrees, ParallelConfig
+from trainer.parallel.config import Degrees, Launcher, ParallelConfig, RayConfig
 from trainer.parallel.world import World
 
 
@@ -48,6 +48,26 @@ def test_ranges() -> None:
         "learner.parallel.replicate=0 must be at least 1: raise it.",
         "learner.parallel.shard=-1 is negative: set a number of ranks, or 0 for all.",
     ]
+
+
+def test_ray_starts_as_many_ranks_as_the_degrees_ask_for() -> None:
+    asked = ParallelConfig(2, 3, tensor=2, launcher=Launcher.ray, places=["a"])
+    assert (asked.product, asked.check(), asked.degrees(12)) == (12, [], Degrees(2, 3, 2))
+    assert ParallelConfig(launcher=Launcher.ray).check() == [
+        "learner.parallel.launcher=ray starts replicate x shard x tensor ranks, which are 1: set "
+        "learner.parallel.shard to the number of ranks."
+    ]
+    assert ParallelConfig(places=["a"]).check() == [
+        "learner.parallel.places=['a'] is for Ray, and learner.parallel.launcher=torchrun: set launcher=ray, "
+        "or leave places empty."
+    ]
+
+
+def test_which_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert [RayConfig(address).cluster for address in ("", "local", "auto", "h:1")] == ["", "", "auto", "h:1"]
+    monkeypatch.setenv("RAY_ADDRESS", "h:2")
+    assert [RayConfig(address).cluster for address in ("", "local", "h:1")] == ["h:2", "", "h:1"]
 
 
 def test_the_world_is_what_torchrun_says() -> None:
