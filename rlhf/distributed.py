@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import os
 import signal
 import traceback
 from collections.abc import Iterator
@@ -25,11 +26,15 @@ from rlhf.errors import RunStoppedError, UserError, clear_sentences
 from rlhf.interruption import SIGNALS
 from rlhf.models import ResolvedModel
 from rlhf.preflight import check_ranks
+from rlhf.rank_watch import Presence
+from rlhf.watchdog import pause_seconds
+from rollout.parent import end_with_parent
 from trainer.config import ProfileConfig
 from trainer.errors import described
 from trainer.learner import Learner, device_of
 from trainer.parallel.leader import LeadingLearner, call_to_build, follow, wait_to_build
 from trainer.parallel.mesh import Team, is_broken
+from trainer.parallel.roll_call import Activity
 from trainer.parallel.world import World
 
 
@@ -41,6 +46,8 @@ def joined(config: Config) -> Iterator[Team | None]:
     """
     world = World.from_environment()
     check_ranks(config, world)
+    if world.launched and not world.follows:
+        end_with_parent(os.getppid(), signal.SIGTERM)  # the others end when this rank does
     if world.size == 1:
         yield None
         return
@@ -111,7 +118,10 @@ def _follow(config: Config, team: Team) -> None:
     untraced = dataclasses.replace(config.learner, profile=ProfileConfig())
     config = dataclasses.replace(config, learner=untraced)
     resolved = initial_weights.attach(models.resolve(config.model), config)
-    follow(build_learner(config, resolved, Path(), team), team.channel)
+    learner = build_learner(config, resolved, Path(), team)
+    activity, minutes = Activity(), config.run.watchdog_minutes
+    with Presence(minutes, team.roll_call, activity, pause_seconds(minutes)):
+        follow(learner, team.channel, activity)
 
 
 def _sentence(error: Exception, config: Config) -> str:

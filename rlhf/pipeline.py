@@ -32,11 +32,13 @@ from rlhf.evaluation.graders import second_opinions
 from rlhf.evaluation.runner import Evaluation, evaluate, sampling_for
 from rlhf.files import replace_text
 from rlhf.generation import Direct, Generation, Source
+from rlhf.ledger import Ledger
 from rlhf.loop import Summary, train
 from rlhf.memory import MemoryMonitor
 from rlhf.models import ResolvedModel
 from rlhf.placement import Placement, place
 from rlhf.preflight import check_length, claim_run_folder, config_file, source_names
+from rlhf.rank_watch import Followers
 from rlhf.resume import FolderLock
 from rlhf.rewards.base import Scorer
 from rlhf.rewards.config import RewardPartConfig
@@ -84,13 +86,13 @@ def train_config(
     with joined(config) as team:
         with faults.stopping(config, lambda: "the run could not start"), clear_sentences():
             run = build(config, recipe, reward=reward, dataset=dataset, team=team)
-        return _train(run)
+        return _train(run, team)
 
 
-def _train(run: Run) -> Summary:
+def _train(run: Run, team: Team | None) -> Summary:
     """Train what is built, close it, and write its report, however it ends."""
     try:
-        with _watched(run):
+        with _watched(run, team):
             summary = train(run)
     except KeyboardInterrupt:
         raise _interrupted(run, f"interrupted in step {run.step + 1}") from None
@@ -108,9 +110,21 @@ def _interrupted(run: Run, what: str) -> InterruptedRunError:
 
 
 def _how_to_go_on(run: Run) -> str:
+    return f"the same command with run.dir={run.folder} resume=auto goes on {_where(run)}."
+
+
+def _what_follows(run: Run) -> str:
+    """How a run goes on that had to stop."""
+    world = World.from_environment()
+    if world.restart < world.restarts:
+        number = f"{world.restart + 1} of {world.restarts}"
+        return f"torchrun starts it again (restart {number}), to go on {_where(run)}."
+    return f"Then {_how_to_go_on(run)}"
+
+
+def _where(run: Run) -> str:
     saved = run.checkpoints.steps()
-    where = f"after step {saved[-1]}" if saved else "from the beginning, nothing is saved yet"
-    return f"the same command with run.dir={run.folder} resume=auto goes on {where}."
+    return f"after step {saved[-1]}" if saved else "from the beginning, nothing is saved yet"
 
 
 def _moment(run: Run) -> str:
@@ -120,14 +134,14 @@ def _moment(run: Run) -> str:
 
 
 @contextmanager
-def _watched(run: Run) -> Iterator[None]:
+def _watched(run: Run, team: Team | None) -> Iterator[None]:
     """Measure memory, listen to signals, watch for hangs; what must end the run is said in one sentence."""
     stopping = faults.stopping(
         run.config,
         lambda: f"the run stopped {_moment(run)}",
         phase=lambda: run.clock.failed,
         folder=lambda: run.folder,
-        then=lambda: f"Then {_how_to_go_on(run)}",
+        then=lambda: _what_follows(run),
     )
     watchdog = Watchdog(
         run.config.run.watchdog_minutes,
@@ -135,6 +149,7 @@ def _watched(run: Run) -> Iterator[None]:
         run.folder,
         step=lambda: run.step + 1,
         engine_stacks=run.pool.stacks,
+        followers=Followers(team.roll_call) if team else None,
     )
     with stopping, run.memory, watchdog, run.interruption:
         yield
@@ -208,7 +223,7 @@ def build(
         )
         sampling = config.rollout.sampling(models.end_token_ids(tokenizer, resolved.folder))
         _announce(resolved, splits, engines, sampling, learner)
-        clock = Clock()
+        clock, ledger = Clock(), opened.enter_context(closing(Ledger(folder)))
         generation = Generation(
             config=config,
             prompts=prompts,
@@ -221,6 +236,7 @@ def build(
             learner=learner,
             decode=functools.partial(_decode, tokenizer),
             updates=lambda: publisher.version - 1,
+            ledger=ledger,
         )
         run = Run(
             config=config,
@@ -242,10 +258,12 @@ def build(
             graders=second_opinions(config.reward),
             trackers=trackers,
             recorder=Recorder(folder / "rollouts"),
+            ledger=ledger,
             clock=clock,
             memory=MemoryMonitor(phase=lambda: clock.phase),
         )
         run_ids = _go_on(run, start) if start else {}
+        ledger.begin(max(start.step, 0) if start else 0)
         _write_records(config, folder, resolved, scorer)
         trackers.start(to_dict(config), folder, start.step if start else None, run_ids)
         opened.pop_all()

@@ -17,6 +17,8 @@ from trainer.errors import RankError, out_of_memory
 from trainer.master_weights import MasterWeights
 from trainer.parallel.channel import LEADER, GroupChannel
 from trainer.parallel.config import Degrees, ParallelConfig
+from trainer.parallel.meeting import agreed_name
+from trainer.parallel.roll_call import RollCall
 from trainer.parallel.sharding import TENSOR, ShardedWeights, gathered_no_more, known, shard, slice_of, whole
 from trainer.parallel.world import World
 from trainer.policy import Policy
@@ -57,6 +59,8 @@ class Team:
         self._mesh = _mesh(device, degrees)
         self._control = dist.new_group(backend="gloo", timeout=PATIENCE)
         self.channel = GroupChannel(self._control)
+        self.roll_call = RollCall(dist.PrefixStore("roll call", self._store), self.rank, self.world_size)
+        """Where each rank is."""
 
     @property
     def leads(self) -> bool:
@@ -187,7 +191,8 @@ def is_broken(error: BaseException) -> bool:
 
 
 def _meet(world: World, device: torch.device) -> dist.Store:
-    store, _, _ = next(iter(dist.rendezvous("env://", world.rank, world.size, timeout=PATIENCE)))
+    found, _, _ = next(iter(dist.rendezvous("env://", world.rank, world.size, timeout=PATIENCE)))
+    store = dist.PrefixStore(agreed_name(found, world.rank, world.size), found)
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         store=dist.PrefixStore("whetstone", store),
