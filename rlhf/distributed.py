@@ -92,8 +92,9 @@ def follow_config(config: Config) -> int:
 
     Signals are rank 0's to answer. What fails here is rank 0's to say: it is left in the ranks' store, and
     the end of this process breaks the connections on which rank 0 waits. Over gloo the status is 0 all the
-    same, for at any other torchrun would end rank 0 before it has closed the run and said why. Between GPUs
-    rank 0 may wait forever, so there the sentence is printed here and torchrun ends everybody.
+    same, for at any other torchrun would end rank 0 before it has closed the run and said why; then the
+    status of rank 0 ends everybody, or has torchrun start them again (`--max-restarts`). Between GPUs rank 0
+    may wait forever, so there the sentence is printed here and torchrun ends everybody.
     """
     with joined(config) as team:
         assert team is not None
