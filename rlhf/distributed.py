@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import os
 import signal
 import traceback
 from collections.abc import Iterator
@@ -28,7 +27,6 @@ from rlhf.models import ResolvedModel
 from rlhf.preflight import check_ranks
 from rlhf.rank_watch import Presence
 from rlhf.watchdog import pause_seconds
-from rollout.parent import end_with_parent
 from trainer.config import ProfileConfig
 from trainer.errors import described
 from trainer.learner import Learner, device_of
@@ -46,8 +44,6 @@ def joined(config: Config) -> Iterator[Team | None]:
     """
     world = World.from_environment()
     check_ranks(config, world)
-    if world.launched and not world.follows:
-        end_with_parent(os.getppid(), signal.SIGTERM)  # the others end when this rank does
     if world.size == 1:
         yield None
         return

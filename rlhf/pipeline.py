@@ -32,6 +32,7 @@ from rlhf.evaluation.graders import second_opinions
 from rlhf.evaluation.runner import Evaluation, evaluate, sampling_for
 from rlhf.files import replace_text
 from rlhf.generation import Direct, Generation, Source
+from rlhf.interruption import end_with_torchrun
 from rlhf.ledger import Ledger
 from rlhf.loop import Summary, train
 from rlhf.memory import MemoryMonitor
@@ -81,7 +82,9 @@ def train_config(
     `RunStoppedError` when it must not go on, `InterruptedRunError` (a `KeyboardInterrupt`) when SIGINT or
     SIGTERM ended it.
     """
-    if World.from_environment().follows:
+    world = World.from_environment()
+    end_with_torchrun(world)
+    if world.follows:
         raise SystemExit(follow_config(config))
     with joined(config) as team:
         with faults.stopping(config, lambda: "the run could not start"), clear_sentences():

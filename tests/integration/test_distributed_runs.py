@@ -239,12 +239,13 @@ def test_a_rank_that_hangs_is_named_with_its_phase_and_its_stacks(tmp_path: Path
     wait_until(process, lambda: "rank 1 has not arrived: it does not answer" in stacks.read_text())
     os.kill(int(stopped.read_text()), signal.SIGCONT)
     said = [line for line in finish(process).splitlines() if line.startswith("run.watchdog_minutes=0.05: ")]
-    sleeping, silent = (line for line in said if "rank 1 has not arrived" in line)
     phase = r"the phase 'update' of step \d has not ended for 0\.0\d+ minutes; rank 1 has not arrived: "
-    assert re.search(phase + r"at 'update' it is in __call__ \(hanging\.py:\d+\); where", sleeping), sleeping
-    assert re.search(phase + r"it does not answer, its last word was 'update'; where", silent), silent
+    sleeping = phase + r"at 'update' it is in __call__ \(hanging\.py:\d+\); where"
+    silent = phase + r"it does not answer, its last word was 'update'; where"
+    assert any(re.search(sleeping, line) for line in said), said
+    assert any(re.search(silent, line) for line in said), said
     written = stacks.read_text()
-    assert re.search(r"rank 1:\n(.*\n)*?thread MainThread:\n(.*\n)*?.*in __call__\n *time.sleep", written)
+    assert "in __call__\n    time.sleep(0.1)\n" in written
     assert "rank 1:\ndoes not answer\n" in written
 
 

@@ -28,6 +28,9 @@ PATIENCE = timedelta(days=7)
 """How long a rank waits for the others to start, and a follower for a command: rank 0 may download a model,
 generate or evaluate meanwhile. A rank that ends is noticed at once, by its closed connections."""
 
+MEETING = timedelta(minutes=10)
+"""How long the store of torchrun, which is there before the ranks are, may take to answer."""
+
 FAILURE_SECONDS = 5.0
 """How long rank 0 waits for the sentence of a rank whose connection broke."""
 
@@ -191,7 +194,9 @@ def is_broken(error: BaseException) -> bool:
 
 
 def _meet(world: World, device: torch.device) -> dist.Store:
-    found, _, _ = next(iter(dist.rendezvous("env://", world.rank, world.size, timeout=PATIENCE)))
+    patience = MEETING if world.launched else PATIENCE
+    found, _, _ = next(iter(dist.rendezvous("env://", world.rank, world.size, timeout=patience)))
+    found.set_timeout(PATIENCE)
     store = dist.PrefixStore(agreed_name(found, world.rank, world.size), found)
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
