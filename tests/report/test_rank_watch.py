@@ -48,7 +48,7 @@ def test_a_busy_rank_is_named_while_rank_0_moves_on(
             with clock("rollout"):
                 time.sleep(0.01)
     sentence = said(caplog)
-    assert sentence.startswith("run.watchdog_minutes=0.005: 'end_rollout' on rank 1 has not ended for 0.00")
+    assert sentence.startswith("run.watchdog_minutes=0.005: 'end_rollout' on rank 1 has not ended for 0.")
     assert "; rank 1 has not arrived: at 'end_rollout' it is in test_a_busy_rank_is_named_while" in sentence
     assert "; rank 2 has not arrived: it does not answer, its last word was 'update'; where" in sentence
     written = (tmp_path / STACKS).read_text()
@@ -82,6 +82,6 @@ def test_a_silent_rank_0_is_named_by_rank_1_alone(
         sentence = said(caplog)
         leader.leave()
         time.sleep(2 * LIMIT)
-    assert sentence.startswith("run.watchdog_minutes=0.005: rank 0 has given no sign for 0.00")
+    assert sentence.startswith("run.watchdog_minutes=0.005: rank 0 has given no sign for 0.")
     assert "the last was of the phase 'rollout' of step 3, in tell (roll_call.py:" in sentence
     assert len(caplog.messages) == 1
