@@ -30,8 +30,12 @@ class Lookout:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Stop looking and wait for the thread."""
-        self._stop.set()
+        self.stop()
         self._thread.join()
+
+    def stop(self) -> None:
+        """Look no more after the look in progress."""
+        self._stop.set()
 
     def _run(self) -> None:
         while not self._stop.wait(self._pause()):

@@ -150,15 +150,19 @@ def _recipe_command(
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from rlhf.interruption import end_with_torchrun
+    from trainer.parallel.world import World
+
+    world = World.from_environment()
+    end_with_torchrun(world)  # before the imports that take seconds
     from rlhf.compose import load
     from rlhf.preflight import dry_run, run_folder
-    from trainer.parallel.world import World
 
     config = load(arguments.recipe, arguments.overrides)
     if arguments.dry_run:
         print(dry_run(config, arguments.recipe))
         return 0
-    if World.from_environment().follows:
+    if world.follows:
         from rlhf.distributed import follow_config
 
         return follow_config(config)

@@ -39,8 +39,8 @@ class RunConfig:
     seed: int = 0
     """Seeds the order of prompts, every sampled response and the learner. At least 0."""
     watchdog_minutes: float = 30.0
-    """When no phase of a step begins or ends for so long, it is named and the stacks of all threads are
-    written to `stacks.txt`; the run goes on. 0 watches nothing."""
+    """When no phase of a step begins or ends for so long, or a rank is busy or silent for so long, it is
+    named and the stacks of all threads are written to `stacks.txt`; the run goes on. 0 watches nothing."""
 
     def check(self) -> list[str]:
         """Sentences about values out of range."""

@@ -26,12 +26,15 @@ from rlhf.errors import RunStoppedError, UserError, clear_sentences
 from rlhf.interruption import SIGNALS
 from rlhf.models import ResolvedModel
 from rlhf.preflight import check_ranks
+from rlhf.rank_watch import Presence
+from rlhf.watchdog import pause_seconds
 from trainer.config import ProfileConfig
 from trainer.errors import described
 from trainer.learner import Learner, device_of
 from trainer.parallel.config import Launcher
 from trainer.parallel.leader import LeadingLearner, call_to_build, follow, wait_to_build
 from trainer.parallel.mesh import Team, is_broken
+from trainer.parallel.roll_call import Activity
 from trainer.parallel.world import World
 
 
@@ -99,8 +102,9 @@ def follow_config(config: Config) -> int:
 
     Signals are rank 0's to answer. What fails here is rank 0's to say: it is left in the ranks' store, and
     the end of this process breaks the connections on which rank 0 waits. Over gloo the status is 0 all the
-    same, for at any other torchrun would end rank 0 before it has closed the run and said why. Between GPUs
-    rank 0 may wait forever, so there the sentence is printed here and torchrun ends everybody.
+    same, for at any other torchrun would end rank 0 before it has closed the run and said why; then the
+    status of rank 0 ends everybody, or has torchrun start them again (`--max-restarts`). Between GPUs rank 0
+    may wait forever, so there the sentence is printed here and torchrun ends everybody.
     """
     with joined(config) as team:
         assert team is not None
@@ -125,7 +129,10 @@ def _follow(config: Config, team: Team) -> None:
     untraced = dataclasses.replace(config.learner, profile=ProfileConfig())
     config = dataclasses.replace(config, learner=untraced)
     resolved = initial_weights.attach(models.resolve(config.model), config)
-    follow(build_learner(config, resolved, Path(), team), team.channel)
+    learner = build_learner(config, resolved, Path(), team)
+    activity, minutes = Activity(), config.run.watchdog_minutes
+    with Presence(minutes, team.roll_call, activity, pause_seconds(minutes)):
+        follow(learner, team.channel, activity)
 
 
 def _sentence(error: Exception, config: Config) -> str:

@@ -6,6 +6,7 @@ It belongs to one thread, that of its `Source`: the loop's own, which generates 
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ from rlhf.batching import plain_rows
 from rlhf.clock import Clock
 from rlhf.config import Config
 from rlhf.data.cursor import Cursor, Pick
+from rlhf.ledger import Ledger
 from rlhf.rewards.base import Scorer
 from rollout.engine import Sampling
 from rollout.pool import Decode, Draw, LocalPool
@@ -84,6 +86,8 @@ class Generation:
     decode: Decode
     updates: Callable[[], int]
     """Updates that the engines have installed."""
+    ledger: Ledger
+    """Told of every draw."""
 
     def harvest(self, step: int, clock: Clock) -> Harvest:
         """Draw prompts, generate and score whole groups until selection has enough for `step`."""
@@ -96,7 +100,7 @@ class Generation:
                 self.selector.exhaust("the training data ran out")
                 break
             with self.turns(waiting=clock("wait")), clock("rollout"):
-                groups = self.generate(picks)
+                groups = self.generate(picks, step)
             with clock("reward"):
                 failures.update(self.score(groups))
             self.selector.offer(groups)
@@ -111,8 +115,9 @@ class Generation:
             selector=self.selector.copy(),
         )
 
-    def generate(self, picks: Sequence[Pick]) -> list[Group]:
-        """One group of `loop.group_size` responses to each pick, seeded by the pick's serial number."""
+    def generate(self, picks: Sequence[Pick], step: int) -> list[Group]:
+        """One group of `loop.group_size` responses to each pick, seeded by the pick's serial number, for the
+        step that `step` published updates precede."""
         draws = [
             Draw(
                 prompt=self.prompts[pick.source][pick.index],
@@ -122,7 +127,9 @@ class Generation:
             for pick in picks
         ]
         self.learner.offload()
-        return self.pool.generate(draws, self.sampling, born=self.updates(), decode=self.decode)
+        self.ledger.drawn(step + 1, [draw.group_id for draw in draws], self.config.loop.group_size)
+        again = functools.partial(self.ledger.again, step + 1)
+        return self.pool.generate(draws, self.sampling, born=self.updates(), decode=self.decode, again=again)
 
     def score(self, groups: list[Group]) -> dict[str, float]:
         """Grade, then shape: raw accuracy stays what it was, the reward takes length and KL. Counts of

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+from rollout.parent import end_with_parent
+from trainer.parallel.world import World
+
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def end_with_torchrun(world: World) -> None:
+    """Get SIGTERM when the torchrun that started this process ends: rank 0 then finishes its step and saves.
+
+    The others pass it over, and end when rank 0 does; before that has begun it ends any rank.
+    """
+    if world.launched:
+        end_with_parent(os.getppid(), signal.SIGTERM)
 
 
 class Interruption:

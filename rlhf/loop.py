@@ -59,6 +59,7 @@ def train(run: Run) -> Summary:
         selection = collect(run)
         record(run, selection)
         learn(run, selection.groups)
+        run.ledger.trained(run.step + 1, selection.groups)
         publish(run)
         run.step += 1
         run.stopped = selection.stop or run.ran_dry(selection.groups)
@@ -102,6 +103,7 @@ def record(run: Run, selection: Selection) -> None:
         assign_advantages(selection.groups, run.config.algorithm)
     with run.clock("record"):
         run.recorder.write(run.step + 1, selection.groups + selection.carried + selection.dropped)
+        run.ledger.selected(run.step + 1, selection)
 
 
 def learn(run: Lesson, groups: list[Group]) -> None:

@@ -32,12 +32,15 @@ from rlhf.evaluation.graders import second_opinions
 from rlhf.evaluation.runner import Evaluation, evaluate, sampling_for
 from rlhf.files import replace_text
 from rlhf.generation import Direct, Generation, Resting, Source
+from rlhf.interruption import end_with_torchrun
 from rlhf.launching import launched
+from rlhf.ledger import Ledger
 from rlhf.loop import Summary, train
 from rlhf.memory import MemoryMonitor
 from rlhf.models import ResolvedModel
 from rlhf.placement import Placement, placement_of
 from rlhf.preflight import check_length, check_packages, claim_run_folder, config_file, source_names
+from rlhf.rank_watch import Followers
 from rlhf.resume import FolderLock
 from rlhf.rewards.base import Scorer
 from rlhf.rewards.config import RewardPartConfig
@@ -83,19 +86,21 @@ def train_config(
     `RunStoppedError` when it must not go on, `InterruptedRunError` (a `KeyboardInterrupt`) when SIGINT or
     SIGTERM ended it.
     """
-    if World.from_environment().follows:
+    world = World.from_environment()
+    end_with_torchrun(world)
+    if world.follows:
         raise SystemExit(follow_config(config))
     with launched(config) as ranks, joined(config, ranks.lost if ranks else None) as team:
         with faults.stopping(config, lambda: "the run could not start"), clear_sentences():
             places = ranks.places if ranks else None
             run = build(config, recipe, reward=reward, dataset=dataset, team=team, places=places)
-        return _train(run)
+        return _train(run, team)
 
 
-def _train(run: Run) -> Summary:
+def _train(run: Run, team: Team | None) -> Summary:
     """Train what is built, close it, and write its report, however it ends."""
     try:
-        with _watched(run):
+        with _watched(run, team):
             summary = train(run)
     except KeyboardInterrupt:
         raise _interrupted(run, f"interrupted in step {run.step + 1}") from None
@@ -113,9 +118,21 @@ def _interrupted(run: Run, what: str) -> InterruptedRunError:
 
 
 def _how_to_go_on(run: Run) -> str:
+    return f"the same command with run.dir={run.folder} resume=auto goes on {_where(run)}."
+
+
+def _what_follows(run: Run) -> str:
+    """How a run goes on that had to stop."""
+    world = World.from_environment()
+    if world.restart < world.restarts:
+        number = f"{world.restart + 1} of {world.restarts}"
+        return f"torchrun starts it again (restart {number}), to go on {_where(run)}."
+    return f"Then {_how_to_go_on(run)}"
+
+
+def _where(run: Run) -> str:
     saved = run.checkpoints.steps()
-    where = f"after step {saved[-1]}" if saved else "from the beginning, nothing is saved yet"
-    return f"the same command with run.dir={run.folder} resume=auto goes on {where}."
+    return f"after step {saved[-1]}" if saved else "from the beginning, nothing is saved yet"
 
 
 def _moment(run: Run) -> str:
@@ -125,14 +142,14 @@ def _moment(run: Run) -> str:
 
 
 @contextmanager
-def _watched(run: Run) -> Iterator[None]:
+def _watched(run: Run, team: Team | None) -> Iterator[None]:
     """Measure memory, listen to signals, watch for hangs; what must end the run is said in one sentence."""
     stopping = faults.stopping(
         run.config,
         lambda: f"the run stopped {_moment(run)}",
         phase=lambda: run.clock.failed,
         folder=lambda: run.folder,
-        then=lambda: f"Then {_how_to_go_on(run)}",
+        then=lambda: _what_follows(run),
     )
     watchdog = Watchdog(
         run.config.run.watchdog_minutes,
@@ -140,6 +157,7 @@ def _watched(run: Run) -> Iterator[None]:
         run.folder,
         step=lambda: run.step + 1,
         engine_stacks=run.pool.stacks,
+        followers=Followers(team.roll_call) if team else None,
     )
     with stopping, run.memory, watchdog, run.interruption:
         yield
@@ -218,7 +236,7 @@ def build(
         )
         sampling = config.rollout.sampling(models.end_token_ids(tokenizer, resolved.folder))
         _announce(resolved, splits, engines, sampling, learner)
-        clock = Clock()
+        clock, ledger = Clock(), opened.enter_context(closing(Ledger(folder)))
         generation = Generation(
             config=config,
             prompts=prompts,
@@ -231,6 +249,7 @@ def build(
             learner=learner,
             decode=functools.partial(_decode, tokenizer),
             updates=lambda: publisher.version - 1,
+            ledger=ledger,
         )
         run = Run(
             config=config,
@@ -252,10 +271,12 @@ def build(
             graders=second_opinions(config.reward),
             trackers=trackers,
             recorder=Recorder(folder / "rollouts"),
+            ledger=ledger,
             clock=clock,
             memory=MemoryMonitor(phase=lambda: clock.phase),
         )
         run_ids = _go_on(run, start) if start else {}
+        ledger.begin(max(start.step, 0) if start else 0)
         _write_records(config, folder, resolved, scorer)
         trackers.start(to_dict(config), folder, start.step if start else None, run_ids)
         opened.pop_all()

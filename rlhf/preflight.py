@@ -36,6 +36,11 @@ def check_packages(config: Config) -> None:
 
 def check_ranks(config: Config, world: World) -> None:
     """Refuse, with `UserError`, what does not fit the number of processes that hold the learner."""
+    if world.restarts and config.resume == "never":
+        raise UserError(
+            f"torchrun --max-restarts={world.restarts} starts the run again after a failure, and "
+            "resume=never would begin anew: set resume=auto."
+        )
     with clear_sentences():
         degrees = config.learner.parallel.degrees(world.size)
     if degrees.tensor > 1 and (config.learner.lora.rank or config.model.adapter):

@@ -21,6 +21,7 @@ from rlhf.data.cursor import Cursor
 from rlhf.evaluation.runner import Grader
 from rlhf.generation import Generation, Source
 from rlhf.interruption import Interruption
+from rlhf.ledger import Ledger
 from rlhf.memory import MemoryMonitor
 from rlhf.resume import FolderLock
 from rlhf.rewards.base import Scorer
@@ -71,6 +72,7 @@ class Run:
     """Second opinions that evaluation reports beside the strict rule."""
     trackers: Trackers
     recorder: Recorder
+    ledger: Ledger
     clock: Clock
     memory: MemoryMonitor
     interruption: Interruption = field(default_factory=Interruption)
@@ -182,8 +184,8 @@ class Run:
     def close(self) -> None:
         """Release engines, graders, trackers and other ranks, whatever happened before."""
         self.source.stop()
-        parts = (self.trackers, self.publisher, self.pool, self.learner, self.scorer, self.source, self.lock)
-        for part in parts:
+        parts = (self.trackers, self.publisher, self.pool, self.learner, self.scorer, self.source)
+        for part in (*parts, self.ledger, self.lock):
             try:
                 part.close()
             except Exception:

@@ -22,6 +22,7 @@ from typing import Any
 
 from rollout.engine import Sampling
 from rollout.engine_spec import EngineSpec
+from rollout.parent import end_with_parent
 from rollout.vllm_engine import VllmEngine
 from rollout.wire import PackedCompletions, PackedRequests, pack_completions, unpack_requests
 from trainer.errors import described
@@ -54,18 +55,6 @@ READY = 0
 
 STACKS_SIGNAL = signal.SIGUSR1
 """Makes the process write where its Python threads are to its log, whatever it is doing."""
-
-
-def die_with_parent(parent: int) -> None:
-    """Ask the kernel to SIGKILL this process when its parent ends, however it ends. Linux only.
-
-    Elsewhere the end of the pipe ends the process, as soon as it is not computing.
-    """
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it ended before the request was made
-        os._exit(1)
 
 
 def forget_openmp_file() -> None:
@@ -188,7 +177,7 @@ def main() -> None:
     faulthandler.enable()
     faulthandler.register(STACKS_SIGNAL)
     descriptor, parent = int(sys.argv[1]), int(sys.argv[2])
-    die_with_parent(parent)
+    end_with_parent(parent)
     forget_openmp_file()
     os.set_inheritable(descriptor, False)
     serve(Connection(descriptor))

@@ -48,17 +48,27 @@ class LocalPool:
         self.aborted = 0
         """Responses that an engine gave up, over the life of the pool."""
 
-    def generate(self, draws: Sequence[Draw], sampling: Sampling, born: int, decode: Decode) -> list[Group]:
+    def generate(
+        self,
+        draws: Sequence[Draw],
+        sampling: Sampling,
+        born: int,
+        decode: Decode,
+        again: Callable[[list[str]], None] = lambda ids: None,
+    ) -> list[Group]:
         """One group a draw, in the order of `draws`.
 
         All samples of a group go to one engine (they share the prompt's prefix). The groups are dealt out in
-        the order of their hashed ids, so who gets what depends on the ids alone. Raises ValueError when a
-        group id occurs twice or has no samples, and what an engine raised, after the others have finished.
+        the order of their hashed ids, so who gets what depends on the ids alone. `again` is told the ids of
+        the groups that were generated again because their engine died (`rollout.restarts`).
+
+        Raises ValueError when a group id occurs twice or has no samples, and what an engine raised, after the
+        others have finished.
         """
         _check(draws)
         shares = _deal(draws, len(self.engines))
         calls = [
-            lambda engine=engine, share=share: self._generate(engine, share, sampling)
+            lambda engine=engine, share=share: self._generate(engine, share, sampling, again)
             for engine, share in zip(self.engines, shares, strict=True)
         ]
         completions = {name: done for share in _all_at_once(calls) for name, done in share.items()}
@@ -98,7 +108,11 @@ class LocalPool:
             self._host.close()
 
     def _generate(
-        self, engine: Engine, draws: Sequence[Draw], sampling: Sampling
+        self,
+        engine: Engine,
+        draws: Sequence[Draw],
+        sampling: Sampling,
+        again: Callable[[list[str]], None],
     ) -> dict[str, list[Completion]]:
         """One engine's share: completions by group id."""
         requests = [
@@ -106,7 +120,10 @@ class LocalPool:
             for draw in draws
             for index in range(draw.samples)
         ]
+        before = _starts(engine)
         completions = iter(engine.generate(requests, sampling)) if requests else iter(())
+        if _starts(engine) > before:
+            again([draw.group_id for draw in draws])
         return {draw.group_id: [next(completions) for _ in range(draw.samples)] for draw in draws}
 
     def _group(self, draw: Draw, completions: list[Completion], born: int, decode: Decode) -> Group:
@@ -223,6 +240,11 @@ def build_engines(
             engine.close()
         raise
     return list(engines)
+
+
+def _starts(engine: Engine) -> int:
+    """How often an engine was started again."""
+    return engine.starts if isinstance(engine, RestartingEngine) else 0
 
 
 def _threads_each(engines: int) -> int:

@@ -58,6 +58,8 @@ class RestartingEngine:
         self.restarts = restarts
         self.renew: Callable[[Engine], None] = _nothing_published
         """Brings the weights of now to an engine that has just loaded its model; the publisher sets it."""
+        self.starts = 0
+        """How often it was started again."""
         self._engine = start()
 
     @property
@@ -117,6 +119,7 @@ class RestartingEngine:
         """A new engine with the weights of now; it may die as well, while a restart is left."""
         while True:
             self.restarts.take(error)
+            self.starts += 1
             self._engine.close()
             try:
                 self._engine = self._start()

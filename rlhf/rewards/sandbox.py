@@ -4,7 +4,7 @@ A worker is a fresh Python process of its own session that imports what its jobs
 Tasks go to it as pickles (what we send is ours); answers come back as lines of JSON, one a task, so a
 worker that hostile text has taken over can send a wrong value but run no code here. Because every task is
 answered for itself, the parent always knows which one is running: that one alone is blamed, the others of
-its chunk go to another worker.
+its chunk go to another worker. A SIGKILL may have come from anywhere: the task is tried once more.
 
 Three limits: an alarm inside the worker after `timeout_s` (cheap: the worker lives on), SIGKILL of its whole
 process group one second later (for loops in C that no alarm interrupts), and `RLIMIT_AS` for memory. Workers
@@ -15,7 +15,6 @@ as the pool, hence the pool may be used from any thread.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import importlib
 import json
@@ -36,6 +35,7 @@ from types import FrameType
 from typing import IO, Any
 
 from rlhf.errors import UserError
+from rollout.parent import end_with_parent
 
 GRACE_S = 1.0
 """Seconds between the alarm inside the worker and SIGKILL from outside."""
@@ -122,7 +122,7 @@ class WorkerPool:
         starts = 0
         while round_.unfinished:
             starts += self._staff(min(self._wanted, len(round_.pending) + self._busy()))
-            if starts > len(round_.tasks) + self._wanted + 3:
+            if starts > 2 * len(round_.tasks) + self._wanted + 3:
                 raise SandboxError(
                     "grading workers die as soon as they have started: look at what they wrote to standard "
                     "error, or raise reward.memory_mb."
@@ -168,8 +168,11 @@ class WorkerPool:
     def _hear(self, worker: _Worker, round_: _Round) -> None:
         received = os.read(worker.replies.fileno(), 1 << 16)
         if not received:
-            worker.process.wait()
-            self._lose(worker, round_, "error", f"the worker died ({_ending(worker.process.returncode)})")
+            status = worker.process.wait()
+            if status == -signal.SIGKILL and round_.spares(worker.running):
+                self._replace(worker, round_)
+            else:
+                self._lose(worker, round_, "error", f"the worker died ({_ending(status)})")
             return
         *lines, worker.partial = (worker.partial + received).split(b"\n")
         for line in lines:
@@ -200,6 +203,10 @@ class WorkerPool:
             raise SandboxError(f"a grading worker did not start: {message}.")
         if failure and worker.running:
             round_.finish(worker.running.popleft(), Outcome(None, failure, message))
+        self._replace(worker, round_)
+
+    def _replace(self, worker: _Worker, round_: _Round) -> None:
+        """Kill `worker` and give all its tasks back."""
         round_.pending.extendleft(reversed(worker.running))
         self._remove(worker)
         self.replaced += 1
@@ -230,6 +237,16 @@ class _Round:
         self.pending: deque[int] = deque(range(len(tasks)))
         self.outcomes: list[Outcome | None] = [None] * len(tasks)
         self.unfinished = len(tasks)
+        self._spared: set[int] = set()
+
+    def spares(self, running: Sequence[int]) -> bool:
+        """Whether the task that a killed worker was at, the first of these, is not to blame: the first time,
+        and when there is none."""
+        if not running:
+            return True
+        spared = running[0] not in self._spared
+        self._spared.add(running[0])
+        return spared
 
     def finish(self, index: int, outcome: Outcome) -> None:
         """Record the outcome of task `index`."""
@@ -303,7 +320,7 @@ def serve() -> None:
     """Main function of a worker process."""
     requests, replies = _take_pipes()
     parent, timeout_s, memory_mb, jobs = pickle.load(requests)
-    _die_with(parent)
+    end_with_parent(parent)
     _limit_memory(memory_mb)
     signal.signal(signal.SIGALRM, _out_of_time)
     try:
@@ -338,15 +355,6 @@ def _take_pipes() -> tuple[IO[bytes], IO[bytes]]:
     os.dup2(nothing, 0)
     os.dup2(2, 1)
     return requests, replies
-
-
-def _die_with(parent: int) -> None:
-    """Get SIGKILL when the parent dies, also when it has died already (Linux)."""
-    if sys.platform == "linux":
-        set_death_signal = 1
-        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 def _limit_memory(memory_mb: int) -> None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -53,11 +54,14 @@ def sentences(said: str) -> list[str]:
     return [line for line in said.splitlines() if line.startswith("rlhf: ")]
 
 
+def wait_until(process: subprocess.Popen[str], holds: Callable[[], bool]) -> None:
+    """Until a condition holds, or the run has ended."""
+    limit = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < limit and not holds():
+        time.sleep(0.05)
+
+
 def wait_for_rows(process: subprocess.Popen[str], folder: Path, rows: int) -> None:
     """Until so many rows are logged in `folder/run`, or the run has ended."""
     path = folder / "run" / "metrics.jsonl"
-    limit = time.monotonic() + 300
-    while process.poll() is None and time.monotonic() < limit:
-        if path.exists() and path.read_text().count("\n") >= rows:
-            return
-        time.sleep(0.05)
+    wait_until(process, lambda: path.exists() and path.read_text().count("\n") >= rows)

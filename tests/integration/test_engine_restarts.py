@@ -142,7 +142,7 @@ def test_on_ray_a_killed_engine_and_a_killed_actor(
 
     monkeypatch.setattr(RayEngine, "_result", killing_result)
     folder = tmp_path / "run"
-    options = ["rollout.pool=ray", "rollout.threads=1", "rollout.restarts=3"]
+    options = ["rollout.pool=ray", "rollout.ray.wait_s=300", "rollout.threads=1", "rollout.restarts=3"]
     assert main([*CHILD, *options, f"run.dir={folder}"]) == 0
     assert moments == []
     assert restarts(folder)[-1] == 3

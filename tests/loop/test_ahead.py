@@ -29,20 +29,28 @@ PROMPTS = [Prompt(id=f"sums:{i}", token_ids=[1, 2], text="?", answer="7", source
 
 
 class Lines:
-    """A pool and a scorer in one: a third of the draws teach nothing, decided by their number."""
+    """A pool, a scorer and a ledger in one: a third of the draws teach nothing, decided by their number."""
 
     def __init__(self) -> None:
         self.rounds: list[tuple[str, ...]] = []
         self.before_round: Callable[[], None] = lambda: None
         self.after_scoring: Callable[[], None] = lambda: None
 
-    def generate(self, draws: Sequence[Draw], sampling: Sampling, born: int, decode: Any) -> list[Group]:
+    def generate(
+        self, draws: Sequence[Draw], sampling: Sampling, born: int, decode: Any, again: Any
+    ) -> list[Group]:
         self.rounds.append(tuple(draw.group_id for draw in draws))
         self.before_round()
         return [
             Group(id=draw.group_id, prompt=draw.prompt, trajectories=members(draw), born=born)
             for draw in draws
         ]
+
+    def drawn(self, step: int, groups: Sequence[str], samples: int) -> None:
+        """Nothing is written."""
+
+    def again(self, step: int, groups: Sequence[str]) -> None:
+        """Nothing dies."""
 
     def score(self, groups: list[Group]) -> ScoreReport:
         self.after_scoring()
@@ -75,6 +83,7 @@ class Trainer:
             learner=None,  # type: ignore[arg-type]
             decode=str,
             updates=lambda: self.updates,
+            ledger=lines,  # type: ignore[arg-type]
         )
         self.source: Source = (
             Direct(generation, self.clock)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -50,6 +52,16 @@ def _hog() -> int:
     return len(bytearray(8 << 30))
 
 
+def _kill_once() -> str:
+    """Is killed at the first attempt of its parent's."""
+    marker = Path(tempfile.gettempdir(), f"whetstone-killed-{os.getppid()}")
+    if not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    marker.unlink()
+    return "lives"
+
+
 def _noise() -> str:
     """Prints, reads standard input and changes nothing else."""
     print("a grader that talks")
@@ -68,6 +80,7 @@ ORDERS: dict[str, Callable[[], Any]] = {
     "exit": lambda: os._exit(3),
     "quit": lambda: sys.exit(4),
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "kill once": _kill_once,
     "raise": lambda: 1 // 0,
     "hog": _hog,
     "unreadable": lambda: object(),

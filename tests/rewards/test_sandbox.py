@@ -79,18 +79,28 @@ def test_deaf_grader_is_killed(pool: WorkerPool, order: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("order", "message"),
+    ("order", "message", "workers"),
     [
-        ("exit", "the worker died (exit status 3)"),
-        ("kill", "the worker died (SIGKILL)"),
-        ("garbage", "the worker sent something unreadable"),
+        ("exit", "the worker died (exit status 3)", 1),
+        ("kill", "the worker died (SIGKILL)", 2),
+        ("garbage", "the worker sent something unreadable", 1),
     ],
 )
-def test_crash_costs_one_answer(pool: WorkerPool, order: str, message: str) -> None:
+def test_crash_costs_one_answer(pool: WorkerPool, order: str, message: str, workers: int) -> None:
     replaced = pool.replaced
     guilty = check_neighbors(pool.map(surrounded(order)))
     assert (guilty.failure, guilty.message) == ("error", message)
-    assert pool.replaced == replaced + 1
+    assert pool.replaced == replaced + workers
+
+
+def test_a_kill_from_outside_costs_no_answer(pool: WorkerPool) -> None:
+    """Not that of the answer being graded, and not the run when a worker is still starting."""
+    assert check_neighbors(pool.map(surrounded("kill once"))) == Outcome("lives")
+    fresh = WorkerPool(JOBS, workers=2, timeout_s=5.0, memory_mb=1024)
+    fresh.start()
+    os.kill(fresh._workers[0].process.pid, signal.SIGKILL)
+    assert [outcome.value for outcome in fresh.map([("echo", 1)] * 9)] == [[1, 1]] * 9
+    fresh.close()
 
 
 @pytest.mark.parametrize(

@@ -44,8 +44,12 @@ class Cluster:
         self._folder = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
         self._start("head", "here", "--head", f"--port={port}", f"--temp-dir={self._folder.name}")
         _until(lambda: _answers(port))
-        self._start("worker", "there", f"--address={self.address}")
+        self.start_worker()
         return self
+
+    def start_worker(self) -> None:
+        """Start the worker, also again; returns before it has joined."""
+        self._start("worker", "there", f"--address={self.address}")
 
     def __exit__(self, *error: object) -> None:
         for name in ("worker", "head"):

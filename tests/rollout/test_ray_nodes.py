@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf.cli import main
+from rlhf.tracking.jsonl import read
 from rollout.config import EngineDtype, PoolKind, RolloutConfig
 from rollout.engine import Engine, Sampling
 from rollout.host import EngineHost
@@ -18,11 +20,13 @@ from rollout.types import Group, Prompt
 from rollout.weights.config import Transport, WeightsConfig
 from rollout.weights.publisher import Publisher
 from rollout.weights.tcp import TcpSender
+from tests.benchmarks import accounts
 from tests.rollout.ray_nodes import Cluster
 from tests.rollout.weights.learners import PlainLearner, sequences
 from trainer.parallel.config import RayConfig, RayStrategy
 
 ray = pytest.importorskip("ray")
+RayEngine = pytest.importorskip("rollout.ray_engine").RayEngine
 
 SAMPLING = Sampling(max_tokens=12, temperature=1.5, stop_token_ids=(2,))
 
@@ -83,6 +87,31 @@ class Trained:
         for engine in self.engines:
             engine.close()
         self.publisher.close()
+
+
+def test_a_run_goes_on_when_a_worker_node_dies(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the second step's generation. The ledger knows what was generated again, and nothing is missing."""
+    result = RayEngine._result
+
+    def killing_result(engine: Any, answer: Any, doing: str) -> Any:
+        if (doing, engine.weight_version) == ("generating", 2):
+            cluster.kill("worker")
+        return result(engine, answer, doing)
+
+    monkeypatch.setattr(RayEngine, "_result", killing_result)
+    folder = tmp_path / "run"
+    ray_pool = ["rollout.pool=ray", f"rollout.ray.address={cluster.address}", "rollout.ray.strategy=SPREAD"]
+    engines = ["rollout.process=child", "rollout.engines=2", "rollout.threads=1", "rollout.restarts=1"]
+    unevaluated = ["evaluation.every=0", "evaluation.at_start=false", "evaluation.at_end=false"]
+    settings = [*ray_pool, *engines, *unevaluated, "loop.steps=3", f"run.dir={folder}"]
+    assert main(["train", "dapo/tiny", *settings]) == 0
+    assert [row["rollout/engine_restarts"] for row in read(folder / "metrics.jsonl")] == [0, 0, 1, 1]
+    found = accounts.read(folder)
+    assert (found.problems, found.steps, found.begins) == ([], 3, 1)
+    assert 0 < found.samples["again"] < found.samples["drawn"]
+    cluster.start_worker()
 
 
 def test_engines_on_two_nodes_then_on_one(cluster: Cluster, tiny_llama: Path) -> None:

@@ -22,6 +22,7 @@ from trainer.parallel.balance import Costs, deal
 from trainer.parallel.channel import Channel
 from trainer.parallel.mesh import Team
 from trainer.parallel.messages import Message, rows_from_arrays, rows_to_arrays
+from trainer.parallel.roll_call import WAITING, Activity
 
 logger = logging.getLogger(__name__)
 
@@ -177,8 +178,8 @@ def wait_to_build(channel: Channel) -> None:
     assert message.command == BUILD, message.command
 
 
-def follow(learner: Learner, channel: Channel) -> None:
-    """Make the calls that rank 0 tells of, until it says `end`.
+def follow(learner: Learner, channel: Channel, activity: Activity) -> None:
+    """Make the calls that rank 0 tells of, until it says `end`; `activity` is told which.
 
     Raises RuntimeError when rank 0 is gone, and whatever a call raises, but for a loss or gradient that is
     not finite: rank 0 raises that too and decides what comes of it.
@@ -187,12 +188,14 @@ def follow(learner: Learner, channel: Channel) -> None:
         message = Message.decode(channel.receive())
         if message.command == END:
             return
+        activity.begin(message.command)
         try:
             answer = _CALLS[message.command](learner, message)
         except NonFiniteError:
-            continue
+            answer = None
         if answer is not None:
             channel.answer(answer.encode())
+        activity.begin(WAITING)
 
 
 def _update(learner: Learner, message: Message) -> None:

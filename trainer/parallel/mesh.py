@@ -18,6 +18,8 @@ from trainer.errors import RankError, out_of_memory
 from trainer.master_weights import MasterWeights
 from trainer.parallel.channel import LEADER, GroupChannel
 from trainer.parallel.config import Degrees, ParallelConfig
+from trainer.parallel.meeting import agreed_name
+from trainer.parallel.roll_call import RollCall
 from trainer.parallel.sharding import (
     TENSOR,
     ShardedWeights,
@@ -35,6 +37,9 @@ from trainer.ranks import Like
 PATIENCE = timedelta(days=7)
 """How long a rank waits for the others to start, and a follower for a command: rank 0 may download a model,
 generate or evaluate meanwhile. A rank that ends is noticed at once, by its closed connections."""
+
+MEETING = timedelta(minutes=10)
+"""How long the store of torchrun, which is there before the ranks are, may take to answer."""
 
 FAILURE_SECONDS = 5.0
 """How long rank 0 waits for the sentence of a rank whose connection broke."""
@@ -78,6 +83,8 @@ class Team:
         self._mesh = _mesh(device, degrees)
         self._control = dist.new_group(backend="gloo", timeout=PATIENCE)
         self.channel = GroupChannel(self._control)
+        self.roll_call = RollCall(dist.PrefixStore("roll call", self._store), self.rank, self.world_size)
+        """Where each rank is."""
 
     @property
     def leads(self) -> bool:
@@ -214,7 +221,10 @@ def is_broken(error: BaseException) -> bool:
 
 
 def _meet(world: World, device: torch.device) -> dist.Store:
-    store, _, _ = next(iter(dist.rendezvous("env://", world.rank, world.size, timeout=PATIENCE)))
+    patience = MEETING if world.launched else PATIENCE
+    found, _, _ = next(iter(dist.rendezvous("env://", world.rank, world.size, timeout=patience)))
+    found.set_timeout(PATIENCE)
+    store = dist.PrefixStore(agreed_name(found, world.rank, world.size), found)
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         store=dist.PrefixStore("whetstone", store),

@@ -20,6 +20,7 @@ from trainer.learner import Learner
 from trainer.parallel.config import ParallelConfig
 from trainer.parallel.leader import LeadingLearner, follow
 from trainer.parallel.mesh import Team
+from trainer.parallel.roll_call import Activity
 from trainer.parallel.world import World
 
 CPU = torch.device("cpu")
@@ -115,7 +116,7 @@ def led(
     """What `scenario` returns for the learner on rank 0, which the other ranks follow; None on those."""
     learner = build(settings, team, **options)
     if team is not None and not team.leads:
-        return follow(learner, team.channel)
+        return follow(learner, team.channel, Activity())
     found = scenario(learner)
     if isinstance(learner, LeadingLearner):
         learner.close()
