@@ -196,6 +196,7 @@ class HangingLoss:
             while not (said.exists() and "rank 1 has not arrived" in said.read_text()):
                 time.sleep(0.1)
         if calls == 3:
+            time.sleep(2)  # long enough for both ranks to be seen at work again, too short to be late
             Path("stopped").write_text(str(os.getpid()))
             os.kill(os.getpid(), signal.SIGSTOP)
         return self.sound(inputs)

@@ -34,7 +34,7 @@ def by_torchrun(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def learned(run: Path) -> list[dict[str, Any]]:
     """What each of the first steps made of the learner."""
     rows = read(run / "metrics.jsonl")[: STEPS + 1]
-    wanted = ("learner/", "train/", "reward/", "weights/probe")
+    wanted = ("learner/", "train/", "reward/", "weights/probe_gap")
     found = [{key: row[key] for key in row if key.startswith(wanted)} for row in rows]
     assert len(found[STEPS]) > 20
     return found
