@@ -65,12 +65,9 @@ def joined(config: Config, lost: Callable[[], str] | None = None) -> Iterator[Te
 
 def build_learner(config: Config, resolved: ResolvedModel, folder: Path, team: Team | None = None) -> Learner:
     """The learner as it is before the first step of the run in `folder`, or this rank's part of it."""
-    profile = dataclasses.replace(
-        config.learner.profile, folder=config.learner.profile.folder or str(folder / "profile")
-    )
     build = Learner if team is None else functools.partial(_ranked, team)
     learner = build(
-        dataclasses.replace(config.learner, profile=profile, threads=learner_threads(config)),
+        dataclasses.replace(config.learner, threads=learner_threads(config)),
         initial_weights.load(resolved),
         loss=build_loss(config.algorithm),
         temperature=config.rollout.temperature,
@@ -78,6 +75,7 @@ def build_learner(config: Config, resolved: ResolvedModel, folder: Path, team: T
         seed=config.run.seed,
         needs_reference=config.algorithm.kl.coefficient > 0,
         adapter=resolved.adapter,
+        traces=folder / "profile",
     )
     initial_weights.install_adapter(resolved, learner)
     return learner

@@ -112,9 +112,8 @@ class ProfileConfig:
     """Traces of the update."""
 
     steps: list[int] = field(default_factory=list)
-    """Rollout steps (from 0) whose update writes a torch trace, for chrome://tracing or Perfetto."""
-    folder: str = ""
-    """Where traces go; empty takes `profile` in the run's folder."""
+    """Rollout steps (from 0) whose update writes a torch trace to `profile/` in the run's folder, for
+    chrome://tracing or Perfetto."""
 
 
 @dataclass

@@ -53,6 +53,7 @@ class Learner:
         needs_reference: bool = False,
         adapter: Path | None = None,
         ranks: Ranks = ALONE,
+        traces: Path = Path("profile"),
     ) -> None:
         """Set up for `total_steps` rollout steps.
 
@@ -66,6 +67,7 @@ class Learner:
             needs_reference: keep what `reference_logprobs` needs (a frozen copy in full fine-tuning).
             adapter: PEFT folder to continue.
             ranks: the processes that hold this learner together.
+            traces: folder of what `config.profile` asks for.
 
         Raises:
             ValueError: a setting does not fit the model.
@@ -74,6 +76,7 @@ class Learner:
             torch.set_num_threads(config.threads)
         self.config = config
         self.ranks = ranks
+        self._traces = traces
         self.temperature = temperature
         self.total_steps = total_steps
         self.loss = loss
@@ -334,11 +337,10 @@ class Learner:
         if self.rollout_step not in self.config.profile.steps:
             yield
             return
-        folder = Path(self.config.profile.folder or "profile")
-        folder.mkdir(parents=True, exist_ok=True)
+        self._traces.mkdir(parents=True, exist_ok=True)
         with torch.profiler.profile() as profiler:
             yield
-        profiler.export_chrome_trace(str(folder / f"update-{self.rollout_step:06d}.json"))
+        profiler.export_chrome_trace(str(self._traces / f"update-{self.rollout_step:06d}.json"))
 
 
 def device_of(wanted: Device) -> torch.device:

@@ -193,7 +193,9 @@ def test_a_run_whose_learner_rests_on_disk_is_the_same(uninterrupted: dict[str, 
     said = finish(start(folder, *where, program=("-c", OFFLOADING)))
     rounds, least = map(int, re.findall(r"^rounds (\d+) bytes (\d+)$", said, re.M)[0])
     assert rounds >= STEPS + STEPS // 2 + 1  # every step generates, every second one and the start evaluate
-    assert least == 460_800 - 5 * 64 * 4  # before the first update: all weights but the norms', too small to move
+    assert (
+        least == 460_800 - 5 * 64 * 4
+    )  # before the first update: all weights but the norms', too small to move
     assert_equal(outcome(folder), uninterrupted)
 
 

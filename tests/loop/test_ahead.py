@@ -46,6 +46,9 @@ class Lines:
             for draw in draws
         ]
 
+    def offload(self) -> None:
+        """There is nothing to put away."""
+
     def drawn(self, step: int, groups: Sequence[str], samples: int) -> None:
         """Nothing is written."""
 
@@ -80,7 +83,7 @@ class Trainer:
             turns=self.turns,
             sampling=Sampling(max_tokens=4),
             scorer=lines,  # type: ignore[arg-type]
-            learner=None,  # type: ignore[arg-type]
+            learner=lines,  # type: ignore[arg-type]
             decode=str,
             updates=lambda: self.updates,
             ledger=lines,  # type: ignore[arg-type]

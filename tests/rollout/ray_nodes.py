@@ -45,6 +45,7 @@ class Cluster:
         self._start("head", "here", "--head", f"--port={port}", f"--temp-dir={self._folder.name}")
         _until(lambda: _answers(port))
         self.start_worker()
+        _until(lambda: b"Ray runtime started" in self._log("worker").read_bytes())
         return self
 
     def start_worker(self) -> None:
@@ -70,11 +71,13 @@ class Cluster:
                 process.kill()
         node.wait()
 
+    def _log(self, name: str) -> Path:
+        return Path(self._folder.name) / f"{name}.log"
+
     def _start(self, name: str, resource: str, *arguments: str) -> None:
-        log = Path(self._folder.name) / f"{name}.log"
         options = [f"--num-cpus={self._cpus[name]}", f'--resources={{"{resource}": 1}}', STORE]
         ray = Path(sys.executable).with_name("ray")
-        with log.open("wb") as file:
+        with self._log(name).open("wb") as file:
             self._nodes[name] = subprocess.Popen(
                 [ray, "start", *arguments, *options, "--block", "--disable-usage-stats"],
                 stdout=file,

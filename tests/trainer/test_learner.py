@@ -27,7 +27,7 @@ from trainer.learner import Learner
 
 
 def make_learner(model: Any = None, **changes: Any) -> Learner:
-    extra = {k: changes.pop(k) for k in ("needs_reference", "temperature", "loss") if k in changes}
+    extra = {k: changes.pop(k) for k in ("needs_reference", "temperature", "loss", "traces") if k in changes}
     config = LearnerConfig(dtype=Precision.float32, device=Device.cpu, optimizer=OptimizerConfig(lr=1e-3))
     for name, value in changes.items():
         setattr(config, name, value)
@@ -269,7 +269,7 @@ def test_a_generation_config_that_transformers_refuses_to_save_is_kept(tmp_path:
 
 
 def test_profile_writes_a_trace_of_the_named_step(tmp_path: Path) -> None:
-    learner = make_learner(profile=ProfileConfig(steps=[1], folder=str(tmp_path)))
+    learner = make_learner(profile=ProfileConfig(steps=[1]), traces=tmp_path)
     for _ in range(3):
         learner.update([random_rows(groups=1)])
         learner.end_rollout()
