@@ -123,17 +123,20 @@ def learn(run: Lesson, groups: list[Group]) -> None:
 
 
 def fill_logprobs(run: Lesson, batches: MiniBatches) -> None:
-    """Old and reference log-probs, where the algorithm needs a pass of their own for them."""
+    """Reference and old log-probs, where the algorithm needs a pass of their own for them.
+
+    The reference comes first: a micro-batch takes old ones of all its rows or of none.
+    """
     algorithm = run.config.algorithm
+    if algorithm.kl.coefficient and algorithm.kl.place is KlPlace.loss:
+        for row, values in zip(batches.rows, run.learner.reference_logprobs(batches.rows), strict=True):
+            row.reference_logprobs = values
     if algorithm.old_logprobs is OldLogprobs.recompute:
         for row, values in zip(batches.moved, run.learner.logprobs(batches.moved), strict=True):
             row.old_logprobs = values
     elif algorithm.old_logprobs is OldLogprobs.rollout:
         for row in batches.rows:
             row.old_logprobs = row.rollout_logprobs
-    if algorithm.kl.coefficient and algorithm.kl.place is KlPlace.loss:
-        for row, values in zip(batches.rows, run.learner.reference_logprobs(batches.rows), strict=True):
-            row.reference_logprobs = values
 
 
 def publish(run: Run) -> None:

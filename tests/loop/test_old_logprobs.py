@@ -11,6 +11,8 @@ from torch import Tensor
 from rlhf.algorithms.config import AlgorithmConfig
 from rlhf.algorithms.losses import build_loss
 from rlhf.batching import MiniBatches
+from rlhf.config import Config
+from rlhf.loop import fill_logprobs
 from tests.trainer.samples import random_rows, tiny_model
 from trainer.batch import Row
 from trainer.config import Device, LearnerConfig, OptimizerConfig, Precision
@@ -54,3 +56,24 @@ def test_a_first_mini_batch_that_is_not_asked_has_a_ratio_of_exactly_one() -> No
     built = copy.deepcopy(batches(1))
     _, ratios = trained(built, built.moved)
     assert ratios[0] == 1.0
+
+
+class Lesson:
+    """What filling in log-probs needs of a run with a KL term in its loss."""
+
+    def __init__(self) -> None:
+        self.config = Config()
+        self.config.algorithm.kl.coefficient = 0.1
+        learner = LearnerConfig(dtype=Precision.float32, device=Device.cpu)
+        loss = build_loss(self.config.algorithm)
+        self.learner = Learner(
+            learner, tiny_model(), loss=loss, temperature=1.0, total_steps=1, seed=0, needs_reference=True
+        )
+
+
+def test_the_reference_is_asked_about_all_rows_where_only_some_have_old_logprobs() -> None:
+    built = batches(1)
+    fill_logprobs(Lesson(), built)  # type: ignore[arg-type]
+    assert [row.old_logprobs is None for row in built.rows] == [True] * 6 + [False] * (len(built.rows) - 6)
+    for row in built.moved:  # nothing has moved yet, so the reference is the policy
+        assert row.reference_logprobs == pytest.approx(row.old_logprobs, abs=1e-5)
