@@ -95,23 +95,29 @@ sys.exit(main(arguments))
 
 
 MEMORY = "raise MemoryError('no more')"
+KILL = "os.kill(os.getpid(), 9)"
 STOPPED = "rlhf: the run stopped in step 2: "
 
 
 @pytest.mark.parametrize(
-    ("rank", "said_at_last"),
+    ("rank", "what", "said_at_last"),
     [
-        ("1", f"{STOPPED}rank 1 of the learner failed: the learner ran out of memory"),
-        ("0", f"{STOPPED}the learner ran out of memory in the phase 'update'"),
+        ("1", MEMORY, f"{STOPPED}rank 1 of the learner failed: the learner ran out of memory"),
+        ("1", KILL, f"{STOPPED}a rank of the learner has ended"),
+        ("0", MEMORY, f"{STOPPED}the learner ran out of memory in the phase 'update'"),
+        ("0", KILL, ""),
     ],
-    ids=["follower", "rank 0"],
+    ids=["error on a follower", "kill of a follower", "error on rank 0", "kill of rank 0"],
 )
-def test_no_rank_outlives_a_failure(rank: str, said_at_last: str, tmp_path: Path) -> None:
+def test_no_rank_outlives_a_failure(rank: str, what: str, said_at_last: str, tmp_path: Path) -> None:
     (tmp_path / "failing.py").write_text(FAILING)
-    process = start(tmp_path, rank, MEMORY, *TRAIN, "loop.steps=3", program=["failing.py"])
+    process = start(tmp_path, rank, what, *TRAIN, "loop.steps=3", program=["failing.py"])
     wait_for_rows(process, tmp_path, 2)
-    (sentence,) = sentences(finish(process, succeeds=False))
-    assert sentence.startswith(said_at_last)
+    said = finish(process, succeeds=False)
+    if what is MEMORY:
+        assert len(sentences(said)) == 1, said
+    # After a kill torchrun gives rank 0 half a minute, which a busy machine may take to write the report.
+    assert all(said_at_last and sentence.startswith(said_at_last) for sentence in sentences(said)), said
 
 
 # ---------------------------------------------------------------- ranks that are killed
