@@ -1,10 +1,12 @@
-"""Synchronous against asynchronous at staleness 1: what overlapping generation with learning gains.
+"""What more engines, more ranks, another pool, another transport and overlapping bring on one machine.
 
     python -m tests.benchmarks.scaling [--steps 12] [--repeats 3] [--out FOLDER] [--quick] [key=value ...]
 
-The arms are whole `rlhf train` runs in processes of their own, in turn. The synchronous one has every core in
-each phase. Of the asynchronous ones the first gives engine and learner every core too, the second half of
-them each. `--quick` is `dapo/tiny` for a few steps on one core: it shows that this works, not what it gains.
+The arms are whole `rlhf train` runs in processes of their own, in turn. The first is synchronous, of one
+engine and one rank, which has every core in each phase; of two engines or two ranks each has half of them.
+Of the asynchronous ones the first gives engine and learner every core too, the second half of them each.
+`--quick` is `dapo/tiny` for a few steps on one core, and a few of the arms: it shows that this works,
+not what it gains.
 
 The ideal is that of the synchronous run's own phases: a step as long as the longer of generation (rollout and
 reward) and of the rest. It takes for granted that neither slows the other down, so that on shared cores,
@@ -40,15 +42,36 @@ class Arm:
 
     name: str
     overrides: tuple[str, ...] = ()
+    ranks: int = 1
+    """Of the learner, by torchrun."""
+    engines: int = 1
     share: float = 1.0
-    """Of the cores, for the engine and for the learner each."""
+    """Of the cores, for all engines together and for all ranks together."""
+
+    def command(self, recipe: str, folder: Path, cores: int) -> list[str]:
+        """What trains it, but for what all arms share."""
+        torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={self.ranks}", "-m"]
+        launcher = [sys.executable, "-m", *(torchrun if self.ranks > 1 else [])]
+        settings = [f"run.dir={folder}", f"rollout.engines={self.engines}", *self.overrides]
+        settings.append(f"rollout.threads={self.threads(cores, self.engines)}")
+        return [*launcher, "rlhf.cli", "train", recipe, *settings]
+
+    def threads(self, cores: int, parts: int) -> int:
+        """Of each part, where there are so many."""
+        return max(1, int(cores * self.share / parts))
 
 
 ARMS = (
     Arm(name="synchronous"),
     Arm(name="staleness 1, all cores each", overrides=AHEAD),
     Arm(name="staleness 1, half of them each", overrides=AHEAD, share=0.5),
+    Arm(name="two engines", engines=2),
+    Arm(name="two ranks", ranks=2),
+    Arm(name="two engines, two ranks", engines=2, ranks=2),
+    Arm(name="engine on Ray", overrides=("rollout.pool=ray",)),
+    Arm(name="weights by TCP", overrides=("weights.transport=tcp",)),
 )
+QUICK = (ARMS[0], ARMS[2], ARMS[5])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +85,11 @@ class Timing:
     """The loop's other phases, but waiting."""
     wait: float
     """The loop's waiting for groups and for engines."""
+    publish: float
+    megabytes: float
+    """That a publish transfers."""
+    tokens: float
+    """Response tokens generated a second, over all steps together."""
     age: float
     """Mean age of what was learned from, in versions."""
 
@@ -81,8 +109,16 @@ def timing(rows: Sequence[Mapping[str, float]]) -> Timing:
         generation=statistics.median(map(sum, zip(alone, beside))),
         learner=statistics.median(row["time/step"] - w - a for row, w, a in zip(steady, waits, alone)),
         wait=statistics.median(waits),
+        publish=statistics.median(row["time/publish"] for row in steady),
+        megabytes=statistics.median(row["weights/bytes"] for row in steady) / 1e6,
+        tokens=_tokens(rows) / sum(row["time/step"] for row in steady),
         age=statistics.mean(row.get("staleness/mean", 0.0) for row in steady),
     )
+
+
+def _tokens(rows: Sequence[Mapping[str, float]]) -> float:
+    """Generated after the warm-up."""
+    return rows[-1]["train/tokens"] - max(r["train/tokens"] for r in rows if r["step"] <= WARM_UP)
 
 
 def gained(synchronous: Timing, other: Timing) -> float:
@@ -101,6 +137,9 @@ def table(found: Mapping[str, Timing]) -> str:
         "generation s",
         "learner s",
         "waiting s",
+        "publish s",
+        "MB",
+        "tokens/s",
         "age",
         "speed-up",
         "of the ideal overlap",
@@ -108,9 +147,10 @@ def table(found: Mapping[str, Timing]) -> str:
     rows = [
         [
             name,
-            *(f"{value:.3g}" for value in (one.step, one.generation, one.learner, one.wait, one.age)),
+            *(f"{value:.3g}" for value in (one.step, one.generation, one.learner, one.wait)),
+            *(f"{value:.3g}" for value in (one.publish, one.megabytes, one.tokens, one.age)),
             f"{base.step / one.step:.2f} x",
-            "" if one is base else f"{gained(base, one):.0%}",
+            f"{gained(base, one):.0%}" if one.age else "",
         ]
         for name, one in found.items()
     ]
@@ -120,22 +160,11 @@ def table(found: Mapping[str, Timing]) -> str:
 
 def run(arm: Arm, recipe: str, overrides: Sequence[str], folder: Path, cores: int) -> list[dict[str, float]]:
     """Train one arm into `folder`; its rows of metrics."""
-    threads = max(1, int(cores * arm.share))
-    command = [
-        sys.executable,
-        "-m",
-        "rlhf.cli",
-        "train",
-        recipe,
-        f"run.dir={folder}",
-        *COMMON,
-        *arm.overrides,
-    ]
     subprocess.run(
-        [*command, f"rollout.threads={threads}", *overrides],
+        [*arm.command(recipe, folder, cores), *COMMON, *overrides],
         check=True,
         stdout=sys.stderr,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        env={**os.environ, "OMP_NUM_THREADS": str(arm.threads(cores, arm.ranks))},
     )
     return read(folder / "metrics.jsonl")
 
@@ -146,7 +175,7 @@ def measure(
     out: Path,
     repeats: int,
     cores: int,
-    arms: Sequence[Arm] = ARMS,
+    arms: Sequence[Arm],
 ) -> dict[str, Timing]:
     """Every arm `repeats` times in turn; the median of its runs by step time."""
     runs: dict[str, list[Timing]] = {arm.name: [] for arm in arms}
@@ -167,10 +196,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_args(arguments)
     recipe, steps, repeats = "dapo/arithmetic", given.steps, given.repeats
-    cores = len(os.sched_getaffinity(0))
+    cores, arms = len(os.sched_getaffinity(0)), ARMS
     if given.quick:
-        recipe, steps, repeats, cores = "dapo/tiny", WARM_UP + 1, 1, 1
-    found = measure(recipe, [f"loop.steps={steps}", *given.overrides], given.out, repeats, cores)
+        recipe, steps, repeats, cores, arms = "dapo/tiny", WARM_UP + 1, 1, 1, QUICK
+    found = measure(recipe, [f"loop.steps={steps}", *given.overrides], given.out, repeats, cores, arms)
     print(table(found))
 
 

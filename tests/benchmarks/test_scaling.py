@@ -6,16 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks.scaling import ARMS, Timing, gained, main, table, timing
+from tests.benchmarks.scaling import QUICK, Arm, Timing, gained, main, table, timing
 
 
 def rows(**values: float) -> list[dict[str, float]]:
     """Three steps of warm-up and two that count."""
-    slow = {"step": 0.0, "time/step": 99.0, "time/wait": 99.0}
-    return [{**slow, "step": float(step)} for step in range(4)] + [
-        {"step": 4.0, **values},
-        {"step": 5.0, **values},
-    ]
+    slow = {"time/step": 99.0, "time/wait": 99.0, "time/publish": 9.0, "weights/bytes": 9e9}
+    usual = {"time/publish": 0.5, "weights/bytes": 3e6}
+    steps = [{**(slow if step < 4 else usual | values), "step": float(step)} for step in range(6)]
+    return [row | {"train/tokens": 100.0 * row["step"]} for row in steps]
 
 
 def named(metrics: dict[str, float]) -> Timing:
@@ -32,8 +31,9 @@ AHEAD = named(
 
 
 def test_where_the_seconds_are() -> None:
-    assert Timing(step=10, generation=6, learner=4, wait=0, age=0) == SYNCHRONOUS
-    assert Timing(step=7, generation=6.5, learner=5, wait=2, age=1) == AHEAD
+    common = {"publish": 0.5, "megabytes": 3.0}
+    assert Timing(step=10, generation=6, learner=4, wait=0, tokens=10, age=0, **common) == SYNCHRONOUS
+    assert Timing(step=7, generation=6.5, learner=5, wait=2, tokens=200 / 14, age=1, **common) == AHEAD
     with pytest.raises(ValueError, match="leave nothing after 3 steps of warm-up: give more --steps"):
         timing(rows()[:4])
 
@@ -42,13 +42,22 @@ def test_the_overlap_against_the_ideal() -> None:
     assert gained(SYNCHRONOUS, AHEAD) == 0.75
     assert gained(SYNCHRONOUS, SYNCHRONOUS) == 0
     lines = table({"synchronous": SYNCHRONOUS, "ahead": AHEAD}).splitlines()
-    assert lines[2] == "| synchronous | 10 | 6 | 4 | 0 | 0 | 1.00 x |  |"
-    assert lines[3] == "| ahead | 7 | 6.5 | 5 | 2 | 1 | 1.43 x | 75% |"
+    assert lines[2] == "| synchronous | 10 | 6 | 4 | 0 | 0.5 | 3 | 10 | 0 | 1.00 x |  |"
+    assert lines[3] == "| ahead | 7 | 6.5 | 5 | 2 | 0.5 | 3 | 14.3 | 1 | 1.43 x | 75% |"
     assert lines[-1] == "ideal step: 6 s (1.67 x)"
+
+
+def test_what_an_arm_runs() -> None:
+    arm = Arm(name="both", engines=2, ranks=2, share=0.5)
+    command = arm.command("dapo/tiny", Path("out"), cores=8)
+    assert command[1:] == [
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "rlhf.cli", "train",
+        "dapo/tiny", "run.dir=out", "rollout.engines=2", "rollout.threads=2",
+    ]  # fmt: skip
 
 
 def test_the_quick_form(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     main(["--quick", "--out", str(tmp_path)])
     printed = capfd.readouterr().out.splitlines()
-    assert [line.split(" | ")[0].removeprefix("| ") for line in printed[2:5]] == [arm.name for arm in ARMS]
+    assert [line.split(" | ")[0].removeprefix("| ") for line in printed[2:5]] == [arm.name for arm in QUICK]
     assert printed[-1].startswith("ideal step: ")
