@@ -14,6 +14,13 @@ _TRAIN = """example:
   rlhf train ./mine.yaml loop.steps=20 --dry-run
   rlhf train dapo/arithmetic resume=auto    # goes on with a run that was ended"""
 
+_EVAL = """examples:
+  rlhf eval aime24 model.path=Qwen/Qwen2.5-7B-Instruct
+  rlhf eval gsm8k data.path=../shared/data/gsm8k_test.jsonl model.path=runs/demo@last protocol=greedy
+  rlhf eval math500 endpoint.url=http://localhost:8000/v1
+  rlhf eval compare evaluations/A evaluations/B
+  rlhf eval dapo/arithmetic model.path=runs/dapo-arithmetic@last   # the recipe's held-out set"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command and return its exit status.
@@ -95,8 +102,8 @@ def _parser() -> argparse.ArgumentParser:
         commands,
         "eval",
         _eval,
-        "score a model on a recipe's held-out set",
-        "example:\n  rlhf eval dapo/arithmetic model.path=runs/dapo-arithmetic@last",
+        "score a model on a benchmark, or on a recipe's held-out set; compare two scores",
+        _EVAL,
     )
     replay = commands.add_parser(
         "replay",
@@ -156,8 +163,10 @@ def _train(arguments: argparse.Namespace) -> int:
     world = World.from_environment()
     end_with_torchrun(world)  # before the imports that take seconds
     from rlhf.compose import load
+    from rlhf.evaluation.benchmark import refuse_training_recipe
     from rlhf.preflight import dry_run, run_folder
 
+    refuse_training_recipe(arguments.recipe)
     config = load(arguments.recipe, arguments.overrides)
     if arguments.dry_run:
         print(dry_run(config, arguments.recipe))
@@ -175,6 +184,11 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _explain(arguments: argparse.Namespace) -> int:
+    from rlhf.evaluation import benchmark, explained
+
+    if benchmark.is_benchmark(arguments.recipe):
+        print(explained.explain(arguments.recipe, benchmark.load(arguments.recipe, arguments.overrides)))
+        return 0
     from rlhf.compose import load
     from rlhf.explain import explain
 
@@ -183,9 +197,24 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
+    recipe, overrides = arguments.recipe, arguments.overrides
+    if recipe == "compare":
+        from rlhf.evaluation.compare import compare, parse
+
+        print(compare(*parse(overrides)))
+        return 0
+    from rlhf.evaluation import benchmark
+
+    if benchmark.is_benchmark(recipe):
+        wanted = benchmark.load(recipe, overrides)
+        from rlhf.evaluate import evaluate_benchmark
+
+        _show_log()
+        print(evaluate_benchmark(recipe, wanted))
+        return 0
     from rlhf.compose import load
 
-    config = load(arguments.recipe, arguments.overrides)
+    config = load(recipe, overrides)
     from rlhf.pipeline import evaluate_config
 
     _show_log()

@@ -1,4 +1,4 @@
-"""Recipe and overrides -> a checked `Config`. Every mistake becomes one `UserError` sentence.
+"""Recipe and overrides -> a checked configuration. Every mistake becomes one `UserError` sentence.
 
 Hydra composes, the structured root refuses what it does not know. Hydra's own hints ("use +key") never
 reach the user: keys are checked against the dataclasses before Hydra sees them.
@@ -10,11 +10,11 @@ import dataclasses
 import difflib
 import importlib.resources
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -30,7 +30,12 @@ from rlhf.config import Config, check
 from rlhf.errors import UserError
 
 RECIPES = Path(str(importlib.resources.files("recipes")))
+BENCHMARKS = "eval/"
+"""Where among the recipes the benchmarks are, which `rlhf eval` runs."""
 _PRIMARY = "whetstone"
+
+Root = TypeVar("Root")
+"""A dataclass of sections, such as `Config`."""
 
 
 def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
@@ -38,29 +43,45 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
 
     Raises `UserError` with one sentence that names the key, the value and the remedy.
     """
-    parsed = [_checked(text) for text in overrides]
-    chosen = [override for override in parsed if override.key_or_group in _groups()]
-    plain = _compose(recipe, [(override.input_line or "").lstrip("+") for override in chosen])
-    config = _structured(plain, [override for override in parsed if override not in chosen])
+    return load_as(Config, check, recipe, overrides)
+
+
+def load_as(
+    root: type[Root], check: Callable[[Root], list[str]], recipe: str, overrides: Sequence[str]
+) -> Root:
+    """`load` for a configuration with another root; `check` says what is wrong with one, a sentence each."""
+    parsed = [_checked(root, text) for text in overrides]
+    chosen = [override for override in parsed if override.key_or_group in _groups(root)]
+    plain = _compose(root, recipe, [(override.input_line or "").lstrip("+") for override in chosen])
+    config = _structured(root, plain, [override for override in parsed if override not in chosen])
     problems = check(config)
     if problems:
         raise UserError(problems[0])
     return config
 
 
-def to_yaml(config: Config) -> str:
+def to_yaml(config: object) -> str:
     """The resolved configuration as YAML, as a run writes it."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def to_dict(config: Config) -> dict[str, Any]:
+def to_dict(config: object) -> dict[str, Any]:
     """The resolved configuration as plain containers, enums by name."""
     plain = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
     return typing.cast(dict[str, Any], plain)
 
 
 def recipe_names() -> list[str]:
-    """Names of the shipped recipes: every file that describes itself with a `# does:` line."""
+    """Names of the shipped training recipes: files that describe themselves with a `# does:` line."""
+    return [name for name in _described() if not name.startswith(BENCHMARKS)]
+
+
+def benchmark_names() -> list[str]:
+    """Names of the shipped benchmarks, `eval/aime24`."""
+    return [name for name in _described() if name.startswith(BENCHMARKS)]
+
+
+def _described() -> list[str]:
     files = sorted(RECIPES.rglob("*.yaml"))
     return [f.relative_to(RECIPES).with_suffix("").as_posix() for f in files if "# does:" in f.read_text()]
 
@@ -77,23 +98,23 @@ def keys(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, Any, datac
 
 
 @cache
-def _leaves() -> dict[str, Any]:
-    return {name: kind for name, kind, _ in keys()}
+def _leaves(root: type) -> dict[str, Any]:
+    return {name: kind for name, kind, _ in keys(root)}
 
 
 @cache
-def _groups() -> set[str]:
+def _groups(root: type) -> set[str]:
     return {
         p.name
         for p in RECIPES.iterdir()
-        if p.is_dir() and p.name in {f.name for f in dataclasses.fields(Config)}
+        if p.is_dir() and p.name in {f.name for f in dataclasses.fields(root)}
     }
 
 
 # ---------------------------------------------------------------- overrides
 
 
-def _checked(text: str) -> Override:
+def _checked(root: type, text: str) -> Override:
     """Parse one override and refuse what Hydra would misread."""
     try:
         override = OverridesParser.create().parse_override(text)
@@ -108,17 +129,17 @@ def _checked(text: str) -> Override:
         raise UserError(
             f"'{text}' lists several values: start one run for each, or write {key}=[a,b] for a list."
         )
-    if _is_section(key) and not (key in _groups() and isinstance(override.value(), str)):
-        example = next(name for name in _leaves() if name.startswith(key + "."))
+    if _is_section(root, key) and not (key in _groups(root) and isinstance(override.value(), str)):
+        example = next(name for name in _leaves(root) if name.startswith(key + "."))
         raise UserError(f"{text}: this is a section, set one of its keys ({example}, ...).")
-    if not (known_key(key) or (key in _groups() and isinstance(override.value(), str))):
-        raise UserError(f"Unknown key '{key}' in '{text}': {_nearest(key)}")
+    if not (known_key(key, root) or (key in _groups(root) and isinstance(override.value(), str))):
+        raise UserError(f"Unknown key '{key}' in '{text}': {_nearest(root, key)}")
     return override
 
 
-def known_key(key: str) -> bool:
+def known_key(key: str, root: type = Config) -> bool:
     """Whether `key` is a leaf of the configuration or lies inside one of its dictionaries."""
-    leaves = _leaves()
+    leaves = _leaves(root)
     if key in leaves:
         return True
     parent = key
@@ -140,9 +161,9 @@ def _known_entry(kind: Any, rest: str) -> bool:
     return head in hints and ("." not in inner or typing.get_origin(hints[head]) is dict)
 
 
-def _nearest(key: str) -> str:
+def _nearest(root: type, key: str) -> str:
     """A hint: the valid key that looks most like `key`."""
-    leaves = list(_leaves())
+    leaves = list(_leaves(root))
     last = key.rpartition(".")[2]
     close = [
         name for name in leaves if name.rpartition(".")[2] == last and name.startswith(key.partition(".")[0])
@@ -166,18 +187,18 @@ def _locate(recipe: str) -> tuple[Path, str]:
         if not path.is_file():
             raise UserError(f"Recipe file '{recipe}' does not exist.")
         return path.parent, path.stem
-    if (RECIPES / f"{recipe}.yaml").is_file() and recipe in recipe_names():
+    if (RECIPES / f"{recipe}.yaml").is_file() and recipe in _described():
         return RECIPES, recipe
-    close = difflib.get_close_matches(recipe, recipe_names(), n=1, cutoff=0.4)
+    close = difflib.get_close_matches(recipe, _described(), n=1, cutoff=0.4)
     hint = f"did you mean '{close[0]}'?" if close else "'rlhf recipes' lists them."
     raise UserError(f"Unknown recipe '{recipe}': {hint}")
 
 
-def _compose(recipe: str, choices: list[str]) -> dict[str, Any]:
+def _compose(root: type, recipe: str, choices: list[str]) -> dict[str, Any]:
     """Schema, then the recipe with these choices of groups (`algorithm=grpo`), as a plain dictionary."""
     folder, name = _locate(recipe)
     store = ConfigStore.instance()
-    store.store(name="schema", node=Config)
+    store.store(name="schema", node=root)
     primary = {
         "defaults": ["schema", f"/{name}@_global_", "_self_"],
         "hydra": {"searchpath": [f"file://{RECIPES}"]},
@@ -189,20 +210,20 @@ def _compose(recipe: str, choices: list[str]) -> dict[str, Any]:
             composed = compose(_PRIMARY, overrides=choices)
             return typing.cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
     except (HydraException, OmegaConfBaseException) as error:
-        raise _sentence(error, recipe) from error
+        raise _sentence(root, error, recipe) from error
     except yaml.YAMLError as error:
         raise UserError(f"{recipe}: {_yaml_mistake(error)}") from error
 
 
-def _structured(plain: dict[str, Any], values: list[Override]) -> Config:
+def _structured(root: type[Root], plain: dict[str, Any], values: list[Override]) -> Root:
     """Merge onto the structured root, which refuses every unknown key and every wrong type."""
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), plain)
+        merged = OmegaConf.merge(OmegaConf.structured(root), plain)
         for override in values:
             merged = OmegaConf.merge(merged, _nested(override))
-        return typing.cast(Config, OmegaConf.to_object(merged))
+        return typing.cast(Root, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
-        raise _sentence(error, "the configuration") from error
+        raise _sentence(root, error, "the configuration") from error
 
 
 def _nested(override: Override) -> dict[str, Any]:
@@ -214,7 +235,7 @@ def _nested(override: Override) -> dict[str, Any]:
     return nested
 
 
-def _sentence(error: Exception, where: str) -> UserError:
+def _sentence(root: type, error: Exception, where: str) -> UserError:
     """Hydra's and OmegaConf's exceptions, said in one sentence."""
     cause: BaseException = error
     while not isinstance(cause, OmegaConfBaseException) and (cause.__cause__ or cause.__context__):
@@ -223,10 +244,10 @@ def _sentence(error: Exception, where: str) -> UserError:
         return UserError(f"{where}: {str(error).splitlines()[0]}")
     key = cause.full_key or str(cause.key or "")
     key = ".".join(part for part in key.split(".") if part)
-    if not known_key(key) and not _is_section(key):
-        return UserError(f"Unknown key '{key}' in {where}: {_nearest(key)}")
+    if not known_key(key, root) and not _is_section(root, key):
+        return UserError(f"Unknown key '{key}' in {where}: {_nearest(root, key)}")
     given = cause.value if isinstance(cause.value, str) or cause.value is None else str(cause.value).lower()
-    return UserError(f"{key}={given}: {_expected(key)}")
+    return UserError(f"{key}={given}: {_expected(root, key)}")
 
 
 def _yaml_mistake(error: yaml.YAMLError) -> str:
@@ -237,13 +258,13 @@ def _yaml_mistake(error: yaml.YAMLError) -> str:
     return f"line {mark.line + 1}, column {mark.column + 1} is not YAML ({error.problem}): mend it."
 
 
-def _is_section(key: str) -> bool:
-    return any(name.startswith(key + ".") for name in _leaves())
+def _is_section(root: type, key: str) -> bool:
+    return any(name.startswith(key + ".") for name in _leaves(root))
 
 
-def _expected(key: str) -> str:
+def _expected(root: type, key: str) -> str:
     """What a key accepts, in words."""
-    kind = _leaves().get(key)
+    kind = _leaves(root).get(key)
     if kind is None:
         return "this is a section: set one of its keys."
     if isinstance(kind, type) and issubclass(kind, Enum):

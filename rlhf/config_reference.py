@@ -11,12 +11,13 @@ import inspect
 import itertools
 import textwrap
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from enum import Enum
 from functools import cache
 from typing import Any
 
 from rlhf.config import Config
+from rlhf.evaluation.benchmark import BenchmarkConfig
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -34,6 +35,12 @@ def reference() -> list[Key]:
     return list(_keys(Config, ""))
 
 
+def benchmark_reference() -> list[Key]:
+    """The keys that a benchmark has and a training recipe has not."""
+    shared = {"model", "rollout"}
+    return [key for key in _keys(BenchmarkConfig, "") if key.name.partition(".")[0] not in shared]
+
+
 def markdown() -> str:
     """The reference as a page, a section for each part of the configuration."""
     lines = [
@@ -44,14 +51,20 @@ def markdown() -> str:
         "",
         "Printed from the dataclasses: `python -m rlhf.config_reference > docs/configuration.md`.",
     ]
-    section = ""
-    for key in reference():
-        head = key.name.partition(".")[0]
-        if head != section:
-            lines += ["", f"## {head}", "", "| key | type | default | meaning |", "|---|---|---|---|"]
-            section = head
-        lines.append(f"| `{key.name}` | {key.kind} | {key.default} | {key.text} |")
+    lines += _tables(reference(), "## {}")
+    lines += ["", "## Benchmarks", ""]
+    lines += ["`rlhf eval BENCHMARK` has `model` and `rollout` as above, and these keys:"]
+    lines += _tables(benchmark_reference(), "### {}, of a benchmark")
     return "\n".join(lines) + "\n"
+
+
+def _tables(keys: Iterable[Key], heading: str) -> Iterator[str]:
+    """A heading and a table for each section."""
+    for section, rows in itertools.groupby(keys, lambda key: key.name.partition(".")[0]):
+        yield from ["", heading.format(section), ""]
+        yield from ["| key | type | default | meaning |", "|---|---|---|---|"]
+        for key in rows:
+            yield f"| `{key.name}` | {key.kind} | {key.default} | {key.text} |"
 
 
 def _keys(cls: type, prefix: str) -> Iterator[Key]:

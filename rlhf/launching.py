@@ -66,7 +66,7 @@ def _places(config: Config, local: int) -> tuple[Places, int]:
 
     parallel = config.learner.parallel
     on_gpu = device_of(config.learner.device).type == "cuda"
-    gpus = placement_of(config, ranks=local).engines
+    gpus = placement_of(config.rollout, ranks=local).engines
     engines = engine_places(config.rollout, gpus)
     ranks = [
         Place(

@@ -14,6 +14,7 @@ from rlhf.clock import Clock
 from rlhf.config import Config
 from rlhf.evaluation.config import Split
 from rlhf.evaluation.runner import evaluate, sampling_for
+from rlhf.evaluation.stamp import at_step
 from rlhf.experience import experience_metrics, mean_updates, throughput
 from rlhf.run import Run
 from rollout.types import Group
@@ -158,7 +159,7 @@ def evaluate_if_due(run: Run) -> None:
         result = evaluate(
             run.heldout, run.answer, run.scorer.score, sampling, step=run.step, graders=run.graders
         )
-        result.write(run.folder)
+        result.write(run.folder, at_step(run.stamp, run.step, run.publisher.version, run.folder).plain())
     run.accuracies[run.step] = result.accuracy
     run.metrics |= result.metrics()
 

@@ -30,6 +30,7 @@ from rlhf.errors import InterruptedRunError, UserError, clear_sentences
 from rlhf.evaluation.config import Split
 from rlhf.evaluation.graders import second_opinions
 from rlhf.evaluation.runner import Evaluation, evaluate, sampling_for
+from rlhf.evaluation.stamp import of_training
 from rlhf.files import replace_text
 from rlhf.generation import Direct, Generation, Resting, Source
 from rlhf.interruption import end_with_torchrun
@@ -37,6 +38,7 @@ from rlhf.launching import launched
 from rlhf.ledger import Ledger
 from rlhf.loop import Summary, train
 from rlhf.memory import MemoryMonitor
+from rlhf.merging import merge_adapter
 from rlhf.models import ResolvedModel
 from rlhf.placement import Placement, placement_of
 from rlhf.preflight import check_length, check_packages, claim_run_folder, config_file, source_names
@@ -59,7 +61,6 @@ from rollout.weights.probe import probe_length, probe_sequences
 from rollout.weights.publisher import Publisher
 from trainer.errors import described
 from trainer.learner import Learner
-from trainer.model import hub_names, load_model, save_model
 from trainer.parallel.mesh import Team
 from trainer.parallel.world import World
 
@@ -219,7 +220,7 @@ def build(
         check_length(config, resolved.folder)
         tokenizer = models.load_tokenizer(resolved, config.model)
         prompts, heldout = _prompts(config, splits, tokenizer)
-        placement = placement_of(config, ranks=World.from_environment().local_size)
+        placement = placement_of(config.rollout, ranks=World.from_environment().local_size)
         folder = claim_run_folder(config, recipe)
         lock = opened.enter_context(closing(FolderLock(folder)))
         start = resume.find(config, folder)
@@ -268,6 +269,7 @@ def build(
             scorer=scorer,
             learner=learner,
             publisher=publisher,
+            stamp=of_training(config, heldout, scorer.graders(), resolved.description),
             graders=second_opinions(config.reward),
             trackers=trackers,
             recorder=Recorder(folder / "rollouts"),
@@ -496,11 +498,11 @@ def _evaluate(config: Config) -> Evaluation:
         tokenizer = models.load_tokenizer(resolved, config.model)
         prompts = PromptBuilder(tokenizer, config.data, config.model).build(evaluated).prompts
         training = config.rollout.sampling(models.end_token_ids(tokenizer, resolved.folder))
-        placement = placement_of(config, learner=False)
+        placement = placement_of(config.rollout, learner=False)
         model = str(resolved.folder)
         if resolved.adapter is not None:
             model = opened.enter_context(tempfile.TemporaryDirectory(prefix="whetstone-merged-"))
-            _merge(resolved, resolved.adapter, getattr(torch, config.rollout.dtype.value), Path(model))
+            merge_adapter(resolved, getattr(torch, config.rollout.dtype.value), Path(model))
         host = opened.enter_context(closing(open_host(config.rollout, placement.engines)))
         engines = _engines(config, model, resolved, host)
         pool = opened.enter_context(closing(LocalPool(engines, config.run.seed, host)))
@@ -517,13 +519,3 @@ def _evaluate(config: Config) -> Evaluation:
             step=0,
             graders=second_opinions(config.reward),
         )
-
-
-def _merge(resolved: ResolvedModel, adapter: Path, dtype: torch.dtype, folder: Path) -> None:
-    """Write base and adapter to `folder` as one model, added in float32 and rounded once to `dtype`."""
-    from adapters import lora
-
-    base = load_model(resolved.folder, trust_remote_code=resolved.trust_remote_code)
-    merged = lora.load(base, adapter)
-    weights = dict(merged.model.named_parameters())
-    save_model(merged.model, hub_names(merged.model, merged.merged(dtype, weights)), folder)

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from rlhf.config import Config
 from rlhf.errors import UserError
-from rollout.config import EngineProcess, PoolKind
+from rollout.config import EngineProcess, PoolKind, RolloutConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +48,12 @@ def place(
     )
 
 
-def placement_of(config: Config, *, learner: bool = True, ranks: int = 1) -> Placement:
-    """Where the engines of `config` run, beside a learner with `ranks` ranks on this machine.
+def placement_of(rollout: RolloutConfig, *, learner: bool = True, ranks: int = 1) -> Placement:
+    """Where the engines run, beside a learner with `ranks` ranks on this machine.
 
     On nodes of a Ray cluster there are GPUs where this process sees some; which, Ray decides.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    rollout = config.rollout
     if gpus and learner and rollout.process is EngineProcess.inprocess:
         raise UserError(
             "rollout.process=inprocess has no way for weights on a GPU, which travel between processes: set "

@@ -19,6 +19,7 @@ from rlhf.clock import Clock
 from rlhf.config import Config
 from rlhf.data.cursor import Cursor
 from rlhf.evaluation.runner import Grader
+from rlhf.evaluation.stamp import Stamp
 from rlhf.generation import Generation, Source
 from rlhf.interruption import Interruption
 from rlhf.ledger import Ledger
@@ -68,6 +69,8 @@ class Run:
     scorer: Scorer
     learner: Learner
     publisher: Publisher
+    stamp: Stamp
+    """What evaluations are measured with."""
     graders: dict[str, Grader]
     """Second opinions that evaluation reports beside the strict rule."""
     trackers: Trackers

@@ -39,6 +39,10 @@ class EngineDied(EngineError):
     """An engine's process is gone; the sentence says how it ended and names its log."""
 
 
+class EndpointError(RuntimeError):
+    """A server did not answer, or refused; the sentence names the key that helps."""
+
+
 @contextlib.contextmanager
 def engine_failures(doing: str) -> Iterator[None]:
     """What fails inside vLLM or torch while an engine is `doing` something becomes an `EngineError`.

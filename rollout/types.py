@@ -76,6 +76,11 @@ class Trajectory:
     """Token ranges `[start, end)` of reasoning steps, for step-level credit."""
 
     @property
+    def length(self) -> int:
+        """Response tokens, the end token included."""
+        return len(self.response_ids)
+
+    @property
     def truncated(self) -> bool:
         """Whether the response was cut at the length limit."""
         return self.finish_reason is FinishReason.LENGTH

@@ -49,6 +49,15 @@ def read_source(
     return _examples(_read(kind, source, place, rows), {**fields, **source.fields}, place)
 
 
+def first_row(name: str, source: SourceConfig, path_key: str = "data.path") -> Row:
+    """The first row of a source that is no task. Raises `UserError` as `read_source`, and without rows."""
+    kind = source.resolved_kind(path_key)
+    place = _Place(name=name, shown=f"{path_key}={source.path}")
+    for row in _read(kind, source, place, None):
+        return row
+    raise UserError(f"{place.shown} has no rows.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Place:
     """How errors name a source."""

@@ -23,19 +23,19 @@ FOLDER = "evaluations"
 FORMAT = "format"
 
 Generate = Callable[[Sequence[Prompt], Sampling], list[Group]]
-"""One group of one trajectory a prompt, in order."""
+"""One group of the wanted number of trajectories a prompt, in order."""
 Score = Callable[[list[Group]], Any]
 """Fills rewards, accuracy, extracted and grade status of every trajectory (`Scorer.score`)."""
 Grader = Callable[[Prompt, Trajectory], float | None]
 """A second opinion in [0, 1] on a scored response; None for a problem that it cannot judge, whatever the
 response."""
 
-_GRADED = ("ok", "no_answer")
+GRADED = ("ok", "no_answer")
 
 
 @dataclass(slots=True, kw_only=True)
 class Problem:
-    """One held-out prompt with its response and every verdict: one line of `evaluations/step-N.jsonl`."""
+    """One response to a prompt with every verdict: one line of `evaluations/step-N.jsonl`."""
 
     id: str
     prompt: str
@@ -52,6 +52,8 @@ class Problem:
     finish_reason: str
     length: int
     """Response tokens, the end token included."""
+    sample: int = 0
+    """Number of the response among those to its prompt."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -81,7 +83,7 @@ class Evaluation:
     def ungraded(self) -> int:
         """Responses that no grader judged (aborted, timeout, error, unreadable gold); they count as wrong."""
         aborted = FinishReason.ABORT.value
-        return sum(p.status not in _GRADED or p.finish_reason == aborted for p in self.problems)
+        return sum(p.status not in GRADED or p.finish_reason == aborted for p in self.problems)
 
     def metrics(self) -> dict[str, float]:
         """`eval/*`, see `docs/metrics.md`."""
@@ -100,8 +102,8 @@ class Evaluation:
             "eval/prompts": float(len(self.problems)),
         }
 
-    def write(self, folder: Path) -> Path:
-        """Write `evaluations/step-N.jsonl` (problems) and `step-N.json` (numbers, protocol) in a run folder.
+    def write(self, folder: Path, stamp: Mapping[str, Any] | None = None) -> Path:
+        """Write `evaluations/step-N.jsonl` (problems) and `step-N.json` (numbers, stamp) in a run folder.
 
         Returns the path of the problems. Both appear whole or not at all.
         """
@@ -114,6 +116,7 @@ class Evaluation:
             "seconds": round(self.seconds, 3),
             "sampling": asdict(self.sampling),
             "confidence": self.confidence,
+            **({"stamp": stamp} if stamp else {}),
             "metrics": {name: value if value == value else None for name, value in self.metrics().items()},
         }
         replace_text(path.with_suffix(".json"), json.dumps(summary, indent=2) + "\n")
@@ -139,23 +142,24 @@ def evaluate(
     *,
     step: int,
     graders: Mapping[str, Grader] | None = None,
+    samples: int = 1,
     confidence: float = 0.95,
 ) -> Evaluation:
-    """Answer every prompt once and grade the answers.
+    """Answer every prompt `samples` times and grade the answers.
 
     `graders` adds verdicts by name, reported as `eval/<name>` when the grader can judge every problem.
     `format` is among them unless given: the response ended by itself and an answer could be read from it.
     Raises `ValueError` when there are no
-    prompts, or when `generate` does not return one group of one trajectory a prompt, in order.
+    prompts, or when `generate` does not return one group of `samples` trajectories a prompt, in order.
     """
     if not prompts:
         raise ValueError("nothing to evaluate: the held-out set is empty.")
     opinions = {FORMAT: _ended_with_answer, **(graders or {})}
     started = time.perf_counter()
     groups = generate(prompts, sampling)
-    _expect_one_each(prompts, groups)
+    _expect(prompts, groups, samples)
     score(groups)
-    problems = [_problem(group, opinions) for group in groups]
+    problems = [_problem(group.prompt, one, opinions) for group in groups for one in group.trajectories]
     return Evaluation(
         step=step,
         problems=problems,
@@ -185,8 +189,7 @@ def cut_back(folder: Path, step: int) -> None:
             path.with_suffix(".json").unlink(missing_ok=True)
 
 
-def _problem(group: Group, opinions: Mapping[str, Grader]) -> Problem:
-    prompt, response = group.prompt, group.trajectories[0]
+def _problem(prompt: Prompt, response: Trajectory, opinions: Mapping[str, Grader]) -> Problem:
     aborted = response.finish_reason is FinishReason.ABORT
     verdicts = {name: grade(prompt, response) for name, grade in opinions.items()}
     return Problem(
@@ -201,7 +204,8 @@ def _problem(group: Group, opinions: Mapping[str, Grader]) -> Problem:
         rewards=dict(response.rewards),
         status=response.grade_status,
         finish_reason=response.finish_reason.value,
-        length=len(response.response_ids),
+        length=response.length,
+        sample=response.sample_index,
     )
 
 
@@ -209,11 +213,12 @@ def _ended_with_answer(prompt: Prompt, response: Trajectory) -> float:
     return float(response.finish_reason is FinishReason.STOP and response.extracted is not None)
 
 
-def _expect_one_each(prompts: Sequence[Prompt], groups: Sequence[Group]) -> None:
+def _expect(prompts: Sequence[Prompt], groups: Sequence[Group], samples: int) -> None:
     if [g.prompt.id for g in groups] != [p.id for p in prompts] or any(
-        len(g.trajectories) != 1 for g in groups
+        len(g.trajectories) != samples for g in groups
     ):
         raise ValueError(
-            f"evaluation asked for one response to each of {len(prompts)} prompts, in order, and got "
-            f"{sum(len(g.trajectories) for g in groups)} in {len(groups)} groups: mend the generate callable."
+            f"evaluation asked for {'one response' if samples == 1 else f'{samples} responses'} to each of "
+            f"{len(prompts)} prompts, in order, and got {sum(len(g.trajectories) for g in groups)} in "
+            f"{len(groups)} groups: mend the generate callable."
         )

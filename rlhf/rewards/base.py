@@ -414,7 +414,7 @@ def _view(trajectory: Trajectory) -> Response:
     return Response(
         text=trajectory.text,
         finished=trajectory.finish_reason is FinishReason.STOP,
-        length=len(trajectory.response_ids),
+        length=trajectory.length,
     )
 
 

@@ -49,22 +49,22 @@ def test_a_sleep_that_frees_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) 
     config = load("dapo/tiny", ["rollout.sleep_level=1", "rollout.process=child"])
     see_gpus(monkeypatch, 0)
     with pytest.raises(UserError, match=r"^rollout\.sleep_level=1 frees GPU memory, and here engines run on"):
-        placement_of(config)
+        placement_of(config.rollout)
     see_gpus(monkeypatch, 2)
     with pytest.raises(UserError, match=r"^rollout\.sleep_level=1 frees memory of a GPU that engine and"):
-        placement_of(config)
-    assert placement_of(config, learner=False).engines == ((0,),)
+        placement_of(config.rollout)
+    assert placement_of(config.rollout, learner=False).engines == ((0,),)
     see_gpus(monkeypatch, 1)
-    assert placement_of(config).shared
+    assert placement_of(config.rollout).shared
 
 
 def test_gpus_of_a_cluster_are_not_counted_here(monkeypatch: pytest.MonkeyPatch) -> None:
     see_gpus(monkeypatch, 1)
     asked = ["rollout.process=child", "rollout.pool=ray", "rollout.engines=4", "rollout.tensor_parallel=2"]
-    found = placement_of(load("dapo/tiny", [*asked, "rollout.ray.address=head:6379"]), ranks=8)
+    found = placement_of(load("dapo/tiny", [*asked, "rollout.ray.address=head:6379"]).rollout, ranks=8)
     assert (found.engines, found.shared) == (((0, 1),) * 4, False)
     with pytest.raises(UserError, match="of 1 that this process sees"):
-        placement_of(load("dapo/tiny", asked))
+        placement_of(load("dapo/tiny", asked).rollout)
 
 
 def see_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:

@@ -123,7 +123,7 @@ def frozen(learner: Learner) -> Any:
     """The tensors that a publisher is told never change."""
     engine: Any = SimpleNamespace(weight_version=0, init_transfer=lambda info: None)
     config = load(TINY)
-    placement = placement_of(config)
+    placement = placement_of(config.rollout)
     host, folder = LocalHost(), Path("unused")
     publisher = pipeline._publisher(config, [engine], [[1, 2]], learner, placement, host, folder)
     publisher.close()

@@ -223,9 +223,9 @@ def test_an_engine_in_this_process_is_refused_where_weights_travel_by_gpu(
     monkeypatch.setattr(pipeline.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(pipeline.torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match=r"set rollout\.process=child"):
-        placement_of(load(TINY))
-    assert placement_of(load(TINY), learner=False).engines == ((0,),)
-    assert placement_of(load(TINY, ["rollout.process=child"])).engines == ((1,),)
+        placement_of(load(TINY).rollout)
+    assert placement_of(load(TINY).rollout, learner=False).engines == ((0,),)
+    assert placement_of(load(TINY, ["rollout.process=child"]).rollout).engines == ((1,),)
 
 
 # ---------------------------------------------------------------- what is said
