@@ -8,7 +8,7 @@ import torch
 
 from rlhf.config import Config
 from rlhf.errors import UserError
-from rollout.config import EngineProcess, PoolKind
+from rollout.config import EngineProcess, Numerics, PoolKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +73,11 @@ def placement_of(config: Config, *, learner: bool = True, ranks: int = 1) -> Pla
             ranks=ranks,
         )
     _check_sleep(rollout.sleep_level, placed, learner)
+    if rollout.numerics is Numerics.batch_invariant and not placed.on_gpu:
+        raise UserError(
+            "rollout.numerics=batch_invariant switches vLLM's GPU kernels, and here engines run on CPUs: set "
+            "rollout.numerics=layercast or standard."
+        )
     return placed
 
 
