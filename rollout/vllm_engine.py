@@ -73,7 +73,6 @@ class VllmEngine:
         """Called between two steps; it may `pause`, then score and receive weights, and `resume`."""
         text_config(spec.model)
         _refuse_distributed_process()
-        _check_numerics(spec)
         try:
             with _undisturbed_process(spec.threads), engine_failures(LOADING):
                 self._llm = _build_llm(spec)
@@ -265,12 +264,18 @@ def _refuse_distributed_process() -> None:
         )
 
 
-def _check_numerics(spec: EngineSpec) -> None:
-    """`RolloutConfig.check` says the same of keys."""
+def _set_numerics(spec: EngineSpec, on_cpu: bool) -> None:
+    """Tell vLLM, before it is imported, how to compute. Raises ValueError where it cannot."""
     if spec.numerics == "layercast" and spec.dtype != "bfloat16":
         raise ValueError(
             f"An engine with numerics=layercast keeps its weights in bfloat16, not in dtype={spec.dtype}."
         )
+    if spec.numerics == "batch_invariant" and on_cpu:
+        raise ValueError(
+            "rollout.numerics=batch_invariant switches vLLM's GPU kernels, and this engine runs on a CPU: set "
+            "rollout.numerics=layercast or standard."
+        )
+    os.environ |= NUMERICS_VARIABLES.get(spec.numerics, {})
 
 
 def _build_llm(spec: EngineSpec) -> Any:
@@ -281,20 +286,16 @@ def _build_llm(spec: EngineSpec) -> Any:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # whole GiB, and it would win over kv_cache_memory_bytes
-    os.environ |= NUMERICS_VARIABLES.get(spec.numerics, {})
     with _without_ray():
-        from vllm import LLM
         from vllm.platforms import current_platform
+
+        on_cpu = current_platform.is_cpu()
+        _set_numerics(spec, on_cpu)
+        from vllm import LLM
 
         from rollout.weights.plugin import register
 
         register()
-        on_cpu = current_platform.is_cpu()
-        if on_cpu and spec.numerics == "batch_invariant":
-            raise ValueError(
-                "rollout.numerics=batch_invariant switches vLLM's GPU kernels, and this engine runs on a "
-                "CPU: set rollout.numerics=layercast or standard."
-            )
         with _compiled_model_reloads(), _lock_of_one_process():
             llm = LLM(**_llm_arguments(spec, on_cpu))
     if on_cpu:

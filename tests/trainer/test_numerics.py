@@ -149,9 +149,9 @@ def test_bytes_are_two_a_matrix_and_four_a_norm() -> None:
 
 def test_weights_that_are_no_bfloat16_numbers_are_refused_untouched() -> None:
     model = tiny_model()
-    with pytest.raises(ValueError, match=r"^model\.embed_tokens\.weight holds values that bfloat16 does not"):
-        with layercast(model):
-            pass
+    refusal = r"^model\.embed_tokens\.weight holds values that bfloat16 does not"
+    with pytest.raises(ValueError, match=refusal), layercast(model):
+        pass
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
@@ -175,12 +175,12 @@ class Narrow(nn.Module):
 
 def test_a_module_that_leaves_float32_is_named() -> None:
     model = nn.Sequential(nn.Linear(4, 4), Narrow())
-    with pytest.raises(ValueError, match=r"^1 \(Narrow\) returns bfloat16 where LayerCast computes in"):
-        with require_float32(model):
-            model(torch.ones(1, 4))
-    with pytest.raises(ValueError, match=r"^Sequential does not run in LayerCast \(.*dtype"):
-        with require_float32(model):
-            model(torch.ones(1, 4, dtype=torch.bfloat16))
+    named = pytest.raises(ValueError, match=r"^1 \(Narrow\) returns bfloat16 where LayerCast computes in")
+    with named, require_float32(model):
+        model(torch.ones(1, 4))
+    refused = pytest.raises(ValueError, match=r"^Sequential does not run in LayerCast \(.*dtype")
+    with refused, require_float32(model):
+        model(torch.ones(1, 4, dtype=torch.bfloat16))
     model(torch.ones(1, 4))
 
 
@@ -309,10 +309,13 @@ def test_splitting_a_sum_matters_65536_times_less_in_float32() -> None:
 def split_sum(products: Tensor, parts: int, dtype: torch.dtype) -> Tensor:
     """`[rows]`: each of `parts` runs of a row added up term by term in `dtype`, then the runs."""
     terms = products.to(dtype).view(len(products), parts, -1).unbind(-1)
-    total = torch.zeros_like(terms[0])
+    runs = torch.zeros_like(terms[0])
     for term in terms:
-        total += term
-    return total.cumsum(-1)[:, -1].float()
+        runs += term
+    total = runs[:, 0].clone()
+    for run in runs.unbind(-1)[1:]:
+        total += run
+    return total.float()
 
 
 def test_splitting_a_layercast_product_matters_as_in_float32() -> None:
