@@ -272,8 +272,8 @@ def _set_numerics(spec: EngineSpec, on_cpu: bool) -> None:
         )
     if spec.numerics == "batch_invariant" and on_cpu:
         raise ValueError(
-            "rollout.numerics=batch_invariant switches vLLM's GPU kernels, and this engine runs on a CPU: set "
-            "rollout.numerics=layercast or standard."
+            "rollout.numerics=batch_invariant switches vLLM's GPU kernels, and this engine runs on a CPU: "
+            "set rollout.numerics=layercast or standard."
         )
     os.environ |= NUMERICS_VARIABLES.get(spec.numerics, {})
 
