@@ -18,6 +18,7 @@ import argparse
 import functools
 import itertools
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -146,7 +147,7 @@ def measure(work: Work, arm: str, batch: int, threads: int) -> Measured:
         batch=batch,
         threads=threads,
         tokens=[list(answer.response_ids) for answer in answers],
-        top1=[[2.718281828459045**value for value in answer.logprobs] for answer in answers],
+        top1=[[math.exp(value) for value in answer.logprobs] for answer in answers],
         accuracy=statistics.fmean(float(answer.accuracy or 0) for answer in answers),
         seconds=seconds,
         peak=memory.peak,
