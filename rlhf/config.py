@@ -13,9 +13,9 @@ from rlhf.evaluation.config import EvaluationConfig, Split
 from rlhf.models import ModelConfig
 from rlhf.rewards.config import RewardConfig
 from rlhf.tracking.config import TrackingConfig
-from rollout.config import EngineProcess, RolloutConfig
+from rollout.config import EngineProcess, Numerics, RolloutConfig
 from rollout.weights.config import Transport, WeightsConfig
-from trainer.config import LearnerConfig
+from trainer.config import LearnerConfig, Precision
 from trainer.memory.config import OffloadState
 
 
@@ -145,6 +145,11 @@ class Config:
         return max(training, evaluation, key=lambda limit: limit[1])
 
     @property
+    def layercast(self) -> bool:
+        """Whether engines and learner compute in float32 with weights in bfloat16."""
+        return self.rollout.numerics is Numerics.layercast
+
+    @property
     def longest_sequence(self) -> int:
         """Most tokens of a prompt and its response together that the run can ask an engine for."""
         return self.data.max_prompt_tokens + self.longest_response[1]
@@ -203,6 +208,8 @@ def _across(config: Config) -> Iterator[str]:
         )
     if loop.staleness:
         yield from _ahead(config)
+    if config.layercast:
+        yield from _layercast(config.learner)
     if rollout.process is EngineProcess.inprocess and config.weights.transport is Transport.ipc:
         yield "weights.transport=ipc needs an engine in a process of its own: set rollout.process=child."
     if 0 < rollout.max_model_len < config.longest_sequence:
@@ -230,6 +237,27 @@ def _across(config: Config) -> Iterator[str]:
         yield (
             "checkpoint.save_best=true needs evaluations to choose by but evaluation.every=0 and "
             "evaluation.at_end=false: set evaluation.every."
+        )
+
+
+def _layercast(learner: LearnerConfig) -> Iterator[str]:
+    """Learners that would not compute with the weights that the engines keep."""
+    if learner.dtype is not Precision.bfloat16:
+        yield (
+            f"learner.dtype={learner.dtype} with rollout.numerics=layercast would have the learner compute "
+            "with weights that the engines round to bfloat16: set learner.dtype=bfloat16, in which weights "
+            "are kept; what is computed is float32."
+        )
+    if learner.lora.rank:
+        yield (
+            f"learner.lora.rank={learner.lora.rank} with rollout.numerics=layercast: engines round base "
+            "and adapter to bfloat16 together, which the learner's separate adapter does not; set "
+            "learner.lora.rank=0, or rollout.numerics=standard."
+        )
+    if learner.parallel.tensor > 1:
+        yield (
+            f"learner.parallel.tensor={learner.parallel.tensor} with rollout.numerics=layercast: split "
+            "layers do not upcast their weights; set learner.parallel.tensor=1."
         )
 
 

@@ -76,6 +76,7 @@ def build_learner(config: Config, resolved: ResolvedModel, folder: Path, team: T
         needs_reference=config.algorithm.kl.coefficient > 0,
         adapter=resolved.adapter,
         traces=folder / "profile",
+        layercast=config.layercast,
     )
     initial_weights.install_adapter(resolved, learner)
     return learner

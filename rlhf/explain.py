@@ -14,9 +14,16 @@ from rlhf.algorithms.config import (
 )
 from rlhf.config import Config
 from rlhf.memory_plan import MemoryPlan, plan_memory
+from rollout.config import Numerics
 from trainer.memory.config import OffloadState
 
 GB = 1e9
+
+_NUMERICS = {
+    Numerics.standard: "",
+    Numerics.layercast: ", which engines and learner compute with in float32 (rollout.numerics=layercast)",
+    Numerics.batch_invariant: " with vLLM's batch-invariant kernels (rollout.numerics)",
+}
 
 
 def explain(recipe: str, config: Config) -> str:
@@ -43,7 +50,7 @@ def _what(recipe: str, config: Config) -> list[str]:
         f"prompts up to {config.data.max_prompt_tokens} tokens",
         f"reward {parts or 'none: give reward.parts or a function in Python'}",
         f"sampling at temperature {rollout.temperature:g}, up to {rollout.max_new_tokens} new tokens, "
-        f"{rollout.engines} engine(s) in {rollout.dtype}",
+        f"{rollout.engines} engine(s) in {rollout.dtype}{_NUMERICS[rollout.numerics]}",
         f"learner trains {trained} in {learner.dtype} with {learner.optimizer.name}, "
         f"lr {learner.optimizer.lr:g}, {learner.schedule.name} schedule, "
         f"{learner.schedule.warmup_steps} warm-up rollout steps",

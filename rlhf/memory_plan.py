@@ -78,6 +78,7 @@ def plan_memory(config: Config) -> MemoryPlan:
         shape,
         tokens=_tokens(config, ranks // parallel.tensor),
         compute_bytes=width,
+        activation_bytes=4 if config.layercast else width,
         state_bytes=state_bytes,
         trained_share=share,
         checkpointing=learner.memory.activation_checkpointing,
@@ -101,9 +102,11 @@ def _tokens(config: Config, ranks: int) -> int:
 
 def _engine(config: Config, shape: ModelShape) -> Estimate:
     rollout = config.rollout
-    width = 4 if rollout.dtype.value == "float32" else 2
+    width, computed = (
+        4 if dtype.value == "float32" else 2 for dtype in (rollout.dtype, rollout.compute_dtype)
+    )
     length = rollout.max_model_len or config.longest_sequence
-    automatic = automatic_cache_bytes(shape.kv_bytes_per_token(width), rollout.max_num_seqs, length)
+    automatic = automatic_cache_bytes(shape.kv_bytes_per_token(computed), rollout.max_num_seqs, length)
     cache = rollout.kv_cache_gib * (1 << 30) or automatic
     estimate = engine_memory(shape, kv_cache_bytes=cache, weight_bytes=width)
     if rollout.process is EngineProcess.inprocess:

@@ -342,7 +342,8 @@ def _publisher(
         one_machine=host.one_machine,
         address=host.address,
         frozen=None if config.learner.freeze or learner.has_adapter else (),
-        learner_dtype=config.learner.dtype.value,
+        learner_dtype="float32" if config.layercast else config.learner.dtype.value,
+        engine_dtype=config.rollout.compute_dtype.value,
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from rlhf.errors import UserError
-from rollout.config import EngineProcess, PoolKind, RolloutConfig
+from rollout.config import EngineProcess, Numerics, PoolKind, RolloutConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +71,11 @@ def placement_of(rollout: RolloutConfig, *, learner: bool = True, ranks: int = 1
             ranks=ranks,
         )
     _check_sleep(rollout.sleep_level, placed, learner)
+    if rollout.numerics is Numerics.batch_invariant and not placed.on_gpu:
+        raise UserError(
+            "rollout.numerics=batch_invariant switches vLLM's GPU kernels, and here engines run on CPUs: set "
+            "rollout.numerics=layercast or standard."
+        )
     return placed
 
 

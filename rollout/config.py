@@ -28,11 +28,23 @@ class EngineProcess(StrEnum):
 
 
 class EngineDtype(StrEnum):
-    """Number format of an engine's weights, activations and KV cache."""
+    """Number format of an engine's weights; without LayerCast also of activations and KV cache."""
 
     bfloat16 = "bfloat16"
     float16 = "float16"
     float32 = "float32"
+
+
+class Numerics(StrEnum):
+    """How an engine, and the learner with it, computes."""
+
+    standard = "standard"
+    """In `rollout.dtype` and `learner.dtype`, with vLLM's fastest kernels."""
+    layercast = "layercast"
+    """Weights are kept in bfloat16 and everything is computed in float32, in engine and learner (LayerCast,
+    2506.09501)."""
+    batch_invariant = "batch_invariant"
+    """vLLM's batch-invariant kernels: a response does not depend on what is decoded beside it. GPUs only."""
 
 
 @dataclass
@@ -64,6 +76,10 @@ class RolloutConfig:
     """Strings that end a response; it keeps the tokens that spell them. End tokens come from the model."""
     dtype: EngineDtype = EngineDtype.bfloat16
     """`bfloat16`, `float16` or `float32`."""
+    numerics: Numerics = Numerics.standard
+    """`standard`; `layercast`: weights in bfloat16, all else in float32, in engines and learner, for results
+    that hardly depend on batch, threads or machine; `batch_invariant`: vLLM's kernels that do not depend on
+    the batch, on GPUs."""
     max_model_len: int = 0
     """Most tokens of prompt and response together; 0: the longest that the run can ask for."""
     max_num_seqs: int = 256
@@ -137,10 +153,37 @@ class RolloutConfig:
                 f"rollout.sleep_level={self.sleep_level} is for engines on a GPU, which cannot be started "
                 "again: set rollout.restarts=0."
             )
+        problems += self._check_numerics()
         problems += self.ray.check()
         if any(not text for text in self.stop):
             problems.append('rollout.stop holds an empty string, which would end every response: remove "".')
         return problems
+
+    def _check_numerics(self) -> list[str]:
+        if self.numerics is Numerics.layercast and self.dtype is not EngineDtype.bfloat16:
+            return [
+                f"rollout.dtype={self.dtype} with rollout.numerics=layercast, which keeps weights in "
+                "bfloat16 and computes in float32: set rollout.dtype=bfloat16, or rollout.numerics=standard."
+            ]
+        if self.numerics is not Numerics.batch_invariant:
+            return []
+        problems = []
+        if self.dtype is EngineDtype.float32:
+            problems.append(
+                "rollout.dtype=float32 with rollout.numerics=batch_invariant: vLLM's batch-invariant "
+                "kernels multiply float32 in TF32; set rollout.dtype=bfloat16."
+            )
+        if self.process is EngineProcess.inprocess:
+            problems.append(
+                "rollout.numerics=batch_invariant with rollout.process=inprocess: vLLM decides on it while "
+                "it is imported, for a whole process; use rollout.process=child."
+            )
+        return problems
+
+    @property
+    def compute_dtype(self) -> EngineDtype:
+        """The number format that engines compute in, and keep activations and KV cache in."""
+        return EngineDtype.float32 if self.numerics is Numerics.layercast else self.dtype
 
     def sampling(self, stop_token_ids: tuple[int, ...] = ()) -> Sampling:
         """Training's sampling, with the end tokens of the model."""

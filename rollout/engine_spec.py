@@ -26,6 +26,8 @@ class EngineSpec:
     """Folder of the tokenizer, read for stop strings only; empty means `model`."""
     dtype: str = "bfloat16"
     """`bfloat16`, `float16`, `float32`: weights, activations and KV cache."""
+    numerics: str = "standard"
+    """As `rollout.config.Numerics`. With `layercast` `dtype` is bfloat16 and that of the weights only."""
     max_model_len: int
     """Most tokens of a prompt and its response together."""
     max_num_seqs: int = 256
@@ -56,6 +58,11 @@ class EngineSpec:
     log_path: str = ""
     """Child process only: the file that takes its output; empty means a temporary one."""
 
+    @property
+    def compute_dtype(self) -> str:
+        """The number format of activations and KV cache."""
+        return "float32" if self.numerics == "layercast" else self.dtype
+
 
 def usable_cores() -> int:
     """Cores that this process may run on."""
@@ -82,7 +89,7 @@ def kv_cache_bytes(spec: EngineSpec) -> int:
             f"The size of the KV cache of {spec.model} cannot be told: its config.json has no {error}. "
             "Set rollout.kv_cache_gib."
         ) from None
-    token = 2 * layers * heads * head_dim * DTYPE_BYTES[spec.dtype]
+    token = 2 * layers * heads * head_dim * DTYPE_BYTES[spec.compute_dtype]
     return automatic_cache_bytes(token, spec.max_num_seqs, spec.max_model_len, spec.block_size)
 
 

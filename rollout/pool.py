@@ -213,6 +213,7 @@ def build_engines(
             model=model,
             tokenizer=tokenizer,
             dtype=config.dtype.value,
+            numerics=config.numerics.value,
             max_model_len=config.max_model_len or length,
             max_num_seqs=config.max_num_seqs,
             kv_cache_bytes=int(config.kv_cache_gib * (1 << 30)),

@@ -43,6 +43,12 @@ CPU_STEP_TOKENS = 2048
 PROCESS_VARIABLES = ("LD_PRELOAD", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS")
 """Variables that vLLM sets for processes of its own; the process that holds it gets its own values back."""
 
+NUMERICS_VARIABLES = {
+    "layercast": {"VLLM_FLOAT32_MATMUL_PRECISION": "highest"},
+    "batch_invariant": {"VLLM_BATCH_INVARIANT": "1"},
+}
+"""What vLLM reads from the environment, by `EngineSpec.numerics`; processes that it starts inherit it."""
+
 _live_engines = 0
 
 
@@ -258,6 +264,20 @@ def _refuse_distributed_process() -> None:
         )
 
 
+def _set_numerics(spec: EngineSpec, on_cpu: bool) -> None:
+    """Tell vLLM, before it is imported, how to compute. Raises ValueError where it cannot."""
+    if spec.numerics == "layercast" and spec.dtype != "bfloat16":
+        raise ValueError(
+            f"An engine with numerics=layercast keeps its weights in bfloat16, not in dtype={spec.dtype}."
+        )
+    if spec.numerics == "batch_invariant" and on_cpu:
+        raise ValueError(
+            "rollout.numerics=batch_invariant switches vLLM's GPU kernels, and this engine runs on a CPU: "
+            "set rollout.numerics=layercast or standard."
+        )
+    os.environ |= NUMERICS_VARIABLES.get(spec.numerics, {})
+
+
 def _build_llm(spec: EngineSpec) -> Any:
     """`vllm.LLM` with everything that the model or the environment could change fixed."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -267,14 +287,15 @@ def _build_llm(spec: EngineSpec) -> Any:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # whole GiB, and it would win over kv_cache_memory_bytes
     with _without_ray():
-        from vllm import LLM
         from vllm.platforms import current_platform
 
-        if spec.transport:
-            from rollout.weights.plugin import register
-
-            register()
         on_cpu = current_platform.is_cpu()
+        _set_numerics(spec, on_cpu)
+        from vllm import LLM
+
+        from rollout.weights.plugin import register
+
+        register()
         with _compiled_model_reloads(), _lock_of_one_process():
             llm = LLM(**_llm_arguments(spec, on_cpu))
     if on_cpu:
@@ -289,7 +310,7 @@ def _llm_arguments(spec: EngineSpec, on_cpu: bool) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "model": spec.model,
         "tokenizer": spec.tokenizer or None,
-        "dtype": spec.dtype,
+        "dtype": spec.compute_dtype,
         "seed": spec.seed,
         "max_model_len": length,
         "max_num_seqs": spec.max_num_seqs,
@@ -303,6 +324,10 @@ def _llm_arguments(spec: EngineSpec, on_cpu: bool) -> dict[str, Any]:
         "kv_cache_memory_bytes": spec.kv_cache_bytes or None,
         "use_tqdm_on_load": False,
     }
+    if spec.numerics == "layercast":
+        from rollout.layercast import NAME
+
+        arguments["quantization"] = NAME
     if spec.block_size:
         arguments["block_size"] = spec.block_size
     if spec.transport:

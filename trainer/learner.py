@@ -19,6 +19,7 @@ from trainer.loss import Loss, LossInputs, LossOutput
 from trainer.memory.checkpointing import checkpoint_layers
 from trainer.memory.offload import StateOffload
 from trainer.model import WeightStream, freeze, hub_names, save_model
+from trainer.numerics import require_exact_products, require_float32, upcast_forwards
 from trainer.optimizers import build_optimizer
 from trainer.packing import pack
 from trainer.policy import Policy, PolicyOutput
@@ -54,6 +55,7 @@ class Learner:
         adapter: Path | None = None,
         ranks: Ranks = ALONE,
         traces: Path = Path("profile"),
+        layercast: bool = False,
     ) -> None:
         """Set up for `total_steps` rollout steps.
 
@@ -68,6 +70,7 @@ class Learner:
             adapter: PEFT folder to continue.
             ranks: the processes that hold this learner together.
             traces: folder of what `config.profile` asks for.
+            layercast: compute in float32 with weights rounded to `config.dtype`, see `trainer.numerics`.
 
         Raises:
             ValueError: a setting does not fit the model.
@@ -100,6 +103,22 @@ class Learner:
             self.policy.compile_layers()
         self.master = ranks.place(self.policy, self.dtype)
         self.optimizer = build_optimizer(config.optimizer, self.master.named)
+        if layercast:
+            self._compute_in_float32()
+
+    def _compute_in_float32(self) -> None:
+        """Upcast weights where they are used, and see on two tokens that nothing else is left narrow."""
+        if self._lora is not None:
+            raise ValueError(
+                "rollout.numerics=layercast does not train adapters: engines round base and adapter to "
+                "bfloat16 together, which the learner does not; set rollout.numerics=standard."
+            )
+        require_exact_products(self.device)
+        for policy in filter(None, (self.policy, self._reference)):
+            upcast_forwards(policy)
+            with torch.no_grad(), require_float32(policy.model):
+                policy(_idle_batch().to(self.device))
+            self.ranks.rest(policy)
 
     @property
     def lr(self) -> float:

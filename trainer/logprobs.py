@@ -59,7 +59,7 @@ def head_logprobs(
 
     Args:
         hidden: `[U, D]` final hidden states.
-        weight: `[V, D]` of the head.
+        weight: `[V, D]` of the head; slices of it are cast to `hidden`'s format (LayerCast).
         bias: `[V]` or None.
         positions: `[M]` int64, the row of `hidden` that predicts each target.
         targets: `[M]` int64.
@@ -143,7 +143,7 @@ class _HeadLogprobs(torch.autograd.Function):
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         row_grad = torch.zeros_like(entropy).index_add_(0, positions, logprob_grad)[:, None]
         hidden_grad = torch.zeros_like(hidden, dtype=torch.float32) if wants_hidden else None
-        weight_grad = torch.zeros_like(weight) if wants_weight else None
+        weight_grad = torch.zeros_like(weight, dtype=hidden.dtype) if wants_weight else None
         bias_grad = torch.empty_like(bias) if wants_bias else None
         for start, stop in _slices(hidden, weight, ctx.options.ranks):
             logits = _logits(hidden, weight, bias, start, stop, ctx.options.scale)
@@ -159,7 +159,7 @@ class _HeadLogprobs(torch.autograd.Function):
             slope *= ctx.options.scale
             narrow = slope.to(hidden.dtype)
             if hidden_grad is not None:
-                hidden_grad += narrow @ weight[start:stop]
+                hidden_grad += narrow @ weight[start:stop].to(hidden.dtype)
             if weight_grad is not None:
                 torch.mm(narrow.T, hidden, out=weight_grad[start:stop])
             if bias_grad is not None:
@@ -170,7 +170,8 @@ class _HeadLogprobs(torch.autograd.Function):
                 for grad in (hidden_grad, weight_grad, bias_grad)
             )
         narrow_hidden_grad = None if hidden_grad is None else hidden_grad.to(hidden.dtype)
-        return narrow_hidden_grad, weight_grad, bias_grad, None, None, None
+        narrow_weight_grad = None if weight_grad is None else weight_grad.to(weight.dtype)
+        return narrow_hidden_grad, narrow_weight_grad, bias_grad, None, None, None
 
 
 def _slices(hidden: Tensor, weight: Tensor, ranks: VocabularyRanks | None) -> list[tuple[int, int]]:
@@ -184,7 +185,7 @@ def _logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, start: int, stop: int, scale: float
 ) -> Tensor:
     """`[U, stop - start]` float32 logits of one slice, scaled; fresh memory."""
-    logits = (hidden @ weight[start:stop].T).float()
+    logits = (hidden @ weight[start:stop].to(hidden.dtype).T).float()
     if bias is not None:
         logits += bias[start:stop].float()
     return logits.mul_(scale) if scale != 1.0 else logits

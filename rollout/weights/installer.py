@@ -27,7 +27,16 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
+from rollout.layercast_layers import LayerCastEmbeddingMethod, LayerCastLinearMethod
 from rollout.weights.manifest import Entry, Manifest, Proof, canonical, proof_digest
+
+PLAIN = (
+    UnquantizedLinearMethod,
+    UnquantizedEmbeddingMethod,
+    LayerCastLinearMethod,
+    LayerCastEmbeddingMethod,
+)
+"""Methods whose weight is what was published, repacked or not."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -64,7 +73,8 @@ class Installer:
     """Knows how the tensors that a learner publishes make up one vLLM model."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        """Read the structure of `model`. Raises ValueError when it is not a dense unquantized one."""
+        """Read the structure of `model`, published in `dtype`. Raises ValueError when it is not a dense
+        unquantized one."""
         self._dtype = dtype
         self._mapper = getattr(model, "hf_to_vllm_mapper", None)
         fused: dict[str, list[str]] = getattr(model, "packed_modules_mapping", None) or {}
@@ -190,7 +200,7 @@ def _units(model: nn.Module) -> dict[str, Unit]:
 
 def _refuse_special(path: str, module: nn.Module, parameters: Mapping[str, Any]) -> None:
     method = getattr(module, "quant_method", None)
-    if method is not None and not isinstance(method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod):
+    if method is not None and not isinstance(method, PLAIN):
         raise ValueError(
             f"Weights cannot be published into {path} ({type(method).__name__}): on a CPU, engines take "
             "dense unquantized models only."

@@ -1,7 +1,8 @@
-"""Makes Whetstone's weight transfer known to vLLM: the entry point `vllm.general_plugins: whetstone`.
+"""Makes Whetstone's weight transfer and LayerCast known to vLLM: the entry point `vllm.general_plugins:
+whetstone`.
 
 vLLM calls `register` in every process that it starts. It must be cheap, so the receiver's module is named
-here and imported only when an engine with that backend is built.
+here and imported only when an engine with that backend is built, as are LayerCast's layers.
 """
 
 from __future__ import annotations
@@ -11,8 +12,12 @@ RECEIVERS = {"shm": "ShmReceiver", "tcp": "TcpReceiver"}
 
 
 def register() -> None:
-    """Register the receivers of our transports with vLLM; calling it again changes nothing."""
+    """Register LayerCast and the receivers of our transports with vLLM; calling it again changes nothing."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+    from rollout import layercast
+
+    layercast.register()
 
     for transport, receiver in RECEIVERS.items():
         if transport not in WeightTransferEngineFactory._registry:

@@ -92,6 +92,7 @@ class Publisher:
         frozen: Collection[str] | None = None,
         folder: Path | None = None,
         learner_dtype: str = "",
+        engine_dtype: str = "",
     ) -> None:
         """`engines` must have been built with the transport that `config.resolve` names.
 
@@ -106,6 +107,7 @@ class Publisher:
             frozen: Hugging Face names of tensors that training never changes; None when not known.
             folder: takes the transfer's file where memory is refused.
             learner_dtype: the number format in which the learner computes log-probs; empty for the engines'.
+            engine_dtype: that in which the engines do; empty for that of the tensors sent.
 
         Raises ValueError when there is no engine, no probe, or a transport that does not fit.
         """
@@ -123,6 +125,7 @@ class Publisher:
             engine.renew = functools.partial(self._renew, index)
         self._watch = SourceWatch(frozen)
         self._learner_dtype = learner_dtype
+        self._engine_dtype = engine_dtype
         self._last: _Probed | None = None
         self._staged: Delivery | None = None
         self.version = max(engine.weight_version for engine in engines)
@@ -222,7 +225,8 @@ class Publisher:
 
     def _dtypes(self, delivery: Delivery) -> list[str]:
         """The number formats in which engine and learner compute, the same one once."""
-        return list(dict.fromkeys([delivery.dtype, self._learner_dtype or delivery.dtype]))
+        engine = self._engine_dtype or delivery.dtype
+        return list(dict.fromkeys([engine, self._learner_dtype or engine]))
 
     def _unmoved(self, index: int, delivery: Delivery) -> str:
         return (
@@ -248,7 +252,7 @@ class Publisher:
         dtypes = self._dtypes(delivery)
         if len(dtypes) > 1:
             cause += (
-                f". The learner computes in {self._learner_dtype} and the engine in {delivery.dtype}, which "
+                f". The learner computes in {dtypes[1]} and the engine in {dtypes[0]}, which "
                 "round differently, and the gap may grow with training: give learner.dtype and rollout.dtype "
                 "the same value, or raise weights.tolerance"
             )

@@ -10,9 +10,8 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import Tensor
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -20,6 +19,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
+from rollout.layercast import stored_dtype
 from rollout.weights.errors import WeightTransferError, listed
 from rollout.weights.installer import Installer
 from rollout.weights.manifest import Entry, Manifest, content_digest
@@ -75,7 +75,7 @@ class SegmentReceiver(WeightTransferEngine[Any, SegmentUpdateInfo]):
                 f"{self.parallel_config.world_size}: set rollout.tensor_parallel=1."
             )
         if self._installer is None:
-            self._installer = Installer(self.model, cast(torch.dtype, self.model_config.dtype))
+            self._installer = Installer(self.model, stored_dtype(self.model_config))
         self._segment = self._open(init_info)
 
     def start_weight_update(self) -> None:

@@ -11,6 +11,7 @@ from rlhf.cli import main
 
 DAPO = "dapo/tiny"
 AHEAD = ["loop.staleness=2", "rollout.process=child"]
+LAYERCAST = ["rollout.numerics=layercast", "rollout.dtype=bfloat16", "learner.dtype=bfloat16"]
 
 CASES = [
     # unknown keys, with the nearest valid one
@@ -142,6 +143,30 @@ CASES = [
     (
         ["model.adapter=./mine", "learner.lora.rank=8"],
         "learner.lora.rank=8 asks for a fresh adapter and model.adapter=./mine for an old one: set learner.lora.rank=0 to continue it.",
+    ),
+    (
+        ["rollout.numerics=layercast"],
+        "rollout.dtype=float32 with rollout.numerics=layercast, which keeps weights in bfloat16 and computes in float32: set rollout.dtype=bfloat16, or rollout.numerics=standard.",
+    ),
+    (
+        ["rollout.numerics=layercast", "rollout.dtype=bfloat16"],
+        "learner.dtype=float32 with rollout.numerics=layercast would have the learner compute with weights that the engines round to bfloat16: set learner.dtype=bfloat16, in which weights are kept; what is computed is float32.",
+    ),
+    (
+        [*LAYERCAST, "learner.lora.rank=8"],
+        "learner.lora.rank=8 with rollout.numerics=layercast: engines round base and adapter to bfloat16 together, which the learner's separate adapter does not; set learner.lora.rank=0, or rollout.numerics=standard.",
+    ),
+    (
+        [*LAYERCAST, "learner.parallel.tensor=2"],
+        "learner.parallel.tensor=2 with rollout.numerics=layercast: split layers do not upcast their weights; set learner.parallel.tensor=1.",
+    ),
+    (
+        ["rollout.numerics=batch_invariant", "rollout.process=child"],
+        "rollout.dtype=float32 with rollout.numerics=batch_invariant: vLLM's batch-invariant kernels multiply float32 in TF32; set rollout.dtype=bfloat16.",
+    ),
+    (
+        ["rollout.numerics=batch_invariant", "rollout.dtype=bfloat16"],
+        "rollout.numerics=batch_invariant with rollout.process=inprocess: vLLM decides on it while it is imported, for a whole process; use rollout.process=child.",
     ),
     (
         ["rollout.engines=2"],

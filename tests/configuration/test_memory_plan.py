@@ -41,6 +41,22 @@ def test_cache_is_what_the_engine_takes(tmp_path: Path, overrides: list[str], le
     assert plan_memory(config).engine.parts["kv cache"] == kv_cache_bytes(spec)
 
 
+def test_layercast_keeps_narrow_weights_and_a_wide_cache() -> None:
+    narrow, wide, cast = (
+        plan_memory(load("dapo/arithmetic", overrides))
+        for overrides in (
+            [],
+            ["rollout.dtype=float32", "learner.dtype=float32"],
+            ["rollout.numerics=layercast"],
+        )
+    )
+    assert cast.engine.parts["weights"] == narrow.engine.parts["weights"]
+    assert cast.engine.parts["kv cache"] == wide.engine.parts["kv cache"] > narrow.engine.parts["kv cache"]
+    assert cast.learner.parts["weights"] == narrow.learner.parts["weights"]
+    assert cast.learner.parts["activations"] == wide.learner.parts["activations"]
+    assert cast.learner.parts["master weights (fp32)"] == narrow.learner.parts["master weights (fp32)"]
+
+
 def test_an_engine_in_process_shares_what_is_the_process() -> None:
     child, inside = (
         plan_memory(load("dapo/arithmetic", [f"rollout.process={process}"])).engine.parts

@@ -58,6 +58,18 @@ def test_a_sleep_that_frees_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) 
     assert placement_of(config.rollout).shared
 
 
+def test_batch_invariance_wants_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ["rollout.numerics=batch_invariant", "rollout.process=child", "rollout.dtype=bfloat16"]
+    config = load("dapo/tiny", asked)
+    see_gpus(monkeypatch, 0)
+    with pytest.raises(
+        UserError, match=r"^rollout\.numerics=batch_invariant switches vLLM's GPU kernels, and"
+    ):
+        placement_of(config)
+    see_gpus(monkeypatch, 2)
+    assert placement_of(config).engines == ((1,),)
+
+
 def test_gpus_of_a_cluster_are_not_counted_here(monkeypatch: pytest.MonkeyPatch) -> None:
     see_gpus(monkeypatch, 1)
     asked = ["rollout.process=child", "rollout.pool=ray", "rollout.engines=4", "rollout.tensor_parallel=2"]

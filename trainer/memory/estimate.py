@@ -130,6 +130,7 @@ def learner_memory(
     *,
     tokens: int,
     compute_bytes: int = 2,
+    activation_bytes: int = 0,
     master: bool = True,
     state_bytes: float = 8.0,
     trained_share: float = 1.0,
@@ -139,16 +140,17 @@ def learner_memory(
     """Peak of the learner: weights, fp32 masters, gradients, moments, activations, what malloc keeps.
 
     `tokens`: packed tokens of the largest micro-batch. `trained_share`: share of parameters that train.
-    `state_bytes`: optimizer state of a parameter.
+    `state_bytes`: optimizer state of a parameter. `activation_bytes`: of one value, 0 for those of a weight.
     """
     trained = shape.parameters * trained_share
+    width = activation_bytes or compute_bytes
     parts = {
         "process": PROCESS_BYTES,
         "weights": shape.parameters * compute_bytes * (2.0 if reference else 1.0),
         "master weights (fp32)": trained * 4.0 if master else 0.0,
         "gradients": trained * 4.0,
         "optimizer states": trained * state_bytes,
-        "activations": tokens * _activation_bytes(shape, compute_bytes, checkpointing) * ACTIVATION_FACTOR,
+        "activations": tokens * _activation_bytes(shape, width, checkpointing) * ACTIVATION_FACTOR,
         "kept by malloc": KEPT_BYTES,
     }
     return Estimate({name: size for name, size in parts.items() if size})
@@ -161,6 +163,7 @@ def rank_memory(
     shards: int,
     split: int = 1,
     compute_bytes: int = 2,
+    activation_bytes: int = 0,
     state_bytes: float = 8.0,
     trained_share: float = 1.0,
     checkpointing: ActivationCheckpointing = ActivationCheckpointing.none,
@@ -179,6 +182,7 @@ def rank_memory(
     trained = held * trained_share
     gathered = (outside + 2 * layer) * compute_bytes
     leaving = (outside + layer) * trained_share * (compute_bytes + 4.0)
+    width = activation_bytes or compute_bytes
     parts = {
         "process": PROCESS_BYTES,
         "slices of weights (fp32)": held * 4.0 / shards * (2.0 if reference else 1.0),
@@ -186,7 +190,7 @@ def rank_memory(
         "slices of gradients (fp32)": trained * 4.0 / shards,
         "gradients on their way": leaving,
         "slices of optimizer states": trained * state_bytes / shards,
-        "activations": tokens * _activation_bytes(shape, compute_bytes, checkpointing) * ACTIVATION_FACTOR,
+        "activations": tokens * _activation_bytes(shape, width, checkpointing) * ACTIVATION_FACTOR,
         "kept by malloc": KEPT_BYTES,
     }
     return Estimate({name: size for name, size in parts.items() if size})

@@ -53,6 +53,8 @@ def outcome(parallel: ParallelConfig | None = None) -> dict[str, Any]:
     found["bfloat16"] = led(two_steps, config(dtype=Precision.bfloat16), team)
     if parallel is None or parallel.tensor == 1:
         found["lora"] = led(adapted, config(lora=LoraConfig(rank=2)), team, needs_reference=True)
+        narrow = config(dtype=Precision.bfloat16)
+        found["layercast"] = led(scored_steps, narrow, team, layercast=True)
     if team is not None:
         team.leave()
     return found
@@ -140,6 +142,12 @@ def two_steps(learner: Learner) -> dict[str, Any]:
     """Two steps, and the weights in float32."""
     metrics = learner.update([ROWS[:8], ROWS[8:]])
     return {"metrics": metrics, "weights": learner.state_dict()["weights"]}
+
+
+def scored_steps(learner: Learner) -> dict[str, Any]:
+    """The same with log-probs before and after."""
+    before = learner.logprobs(ROWS)
+    return {"before": before} | two_steps(learner) | {"after": learner.logprobs(ROWS)}
 
 
 def adapted(learner: Learner) -> dict[str, Any]:
@@ -248,6 +256,15 @@ def test_bfloat16_learns_as_one_process_does(layout: str) -> None:
     for got, one in zip(found["metrics"], expected["metrics"], strict=True):
         assert got["learner/grad_norm"] == pytest.approx(one["learner/grad_norm"], rel=0.03)
     assert_near(found["weights"], expected["weights"], share=2e-3)
+
+
+@every_unsplit_layout
+def test_layercast_computes_in_float32_on_every_rank(layout: str) -> None:
+    """From the same bfloat16 weights as one process: scores are as near as float32's."""
+    expected, found = alone()["layercast"], spread(layout)[0]["layercast"]
+    assert_scores(found["before"], expected["before"], 1e-5)
+    assert_near(found["weights"], expected["weights"], share=2e-3)
+    assert_scores(found["after"], expected["after"], 0.05)
 
 
 @every_unsplit_layout
