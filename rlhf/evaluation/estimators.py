@@ -233,8 +233,8 @@ def _either_way(same: Same, first: str, second: str) -> bool:
 def majority_chance(votes: Sequence[int | None], k: int) -> float:
     r"""The chance that class 0 wins among k of the votes, drawn without replacement; exact.
 
-    With :math:`a_c` votes for class c and :math:`a_\varnothing` samples without one: subsets in which gold has g
-    votes, no class more and t others as many, score 1/(t + 1), and the coefficient of :math:`x^k y^t` in
+    With :math:`a_c` votes for class c and :math:`a_\varnothing` samples without one: subsets in which gold has
+    g votes, no class more and t others as many, score 1/(t + 1), and the coefficient of :math:`x^k y^t` in
     :math:`\binom{a_0}{g}x^g\,(1+x)^{a_\varnothing}\prod_{c>0}\big(\sum_{j<g}\binom{a_c}{j}x^j
     +y\binom{a_c}{g}x^g\big)` is their number.
 

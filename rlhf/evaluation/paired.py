@@ -100,8 +100,8 @@ def sign_flip_p_value(sums: npt.ArrayLike, draws: int = 100_000, seed: int = 0) 
     r"""Two-sided p-value of "A is B": share of sign flips with :math:`|\sum\pm d_i|\ge|\sum d_i|`.
 
     `sums` `[G]`: the differences of what flips, questions or summed clusters. Zeros flip to themselves and
-    drop out. With up to `MOST_FLIPPED` others all flips are counted (second value True); else `draws` are drawn
-    and the observed one is counted in, (hits + 1) / (draws + 1), which keeps the test valid.
+    drop out. With up to `MOST_FLIPPED` others all flips are counted (second value True); else `draws` are
+    drawn and the observed one is counted in, (hits + 1) / (draws + 1), which keeps the test valid.
     """
     values = np.asarray(sums, dtype=np.float64)
     sizes, observed = np.abs(values[values != 0]), abs(math.fsum(values))
