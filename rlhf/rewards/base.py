@@ -134,7 +134,7 @@ class Scorer:
                 remedy = (
                     f"let reward.parts.{self.config.accuracy_from}.sources list it"
                     if self.config.accuracy_from
-                    else "add a part of kind exact_integer, math_verify, dapo_math or function for it"
+                    else "add a part of kind exact_integer, aime, math_verify, dapo_math or function for it"
                 )
                 raise UserError(f"no reward part grades data source {name!r}: {remedy}.")
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # Importing a kind registers it; none of these imports torch, vllm or math_verify.
-from rlhf.rewards import dapo_math, exact, format, length
+from rlhf.rewards import aime, dapo_math, exact, format, length
 from rlhf.rewards import math as math_kind
 from rlhf.rewards.grade import FUNCTION, LARGEST, build_spec, find_kind, kind_names
 
 RESERVED = ("overlong", "kl")
 """Names of the parts that the algorithm adds after scoring."""
-BUILT_IN = (exact.KIND, math_kind.KIND, dapo_math.KIND, format.KIND, length.KIND)
+BUILT_IN = (exact.KIND, aime.KIND, math_kind.KIND, dapo_math.KIND, format.KIND, length.KIND)
 """The kinds that come with Whetstone, graders first."""
 
 
@@ -22,7 +22,7 @@ class RewardPartConfig:
     """One named part of the reward."""
 
     kind: str = ""
-    """exact_integer | math_verify | dapo_math | format | length | function."""
+    """exact_integer | aime | math_verify | dapo_math | format | length | function."""
     weight: float = 1.0
     """Factor of this part in the reward, which is the weighted sum of all parts. 0 only measures."""
     sources: list[str] = field(default_factory=list)
@@ -81,7 +81,7 @@ class RewardConfig:
     """Parts by name; logged as `reward/<name>_mean`. The reward is their weighted sum."""
     accuracy_from: str = ""
     """Name of the part that decides `accuracy`, which dynamic sampling filters on. Empty: the first grader
-    (exact_integer, math_verify, dapo_math) that covers the row's source, else the first function."""
+    (exact_integer, aime, math_verify, dapo_math) that covers the row's source, else the first function."""
     workers: int = 0
     """Killable processes for parts that need them, started when first needed. 0: one a core, at most 8."""
     timeout_s: float = 5.0

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from rlhf.rewards.grade import Grade, Kind, Response, Status, failed, register
+from rlhf.rewards.reasoning import Reasoning, answer_part
 
 
 class ExactRule(StrEnum):
@@ -44,6 +45,8 @@ class ExactSpec:
     """Whether a truncated response fails. None: true for `last_number`, false for the other rules."""
     marker: str = "Answer:"
     """What `answer_line` looks for, in any case, blanks before its last character allowed (`Answer :`)."""
+    reasoning: Reasoning = Reasoning.keep
+    """Whether the text before `</think>` is read."""
 
     def check(self) -> list[str]:
         """Sentences about impossible values."""
@@ -91,7 +94,8 @@ def grade(response: Response, gold: str | None, spec: ExactSpec) -> Grade:
         return failed(KIND.label, Status.gold_unparsable)
     if spec.ends and not response.finished:
         return failed(KIND.label, Status.no_answer)
-    found = _find(response.text, target, spec)
+    text = answer_part(response.text, spec.reasoning)
+    found = None if text is None else _find(text, target, spec)
     if found is None:
         return failed(KIND.label, Status.no_answer)
     return Grade(accuracy=float(found == target), extracted=found, grader=KIND.label)
@@ -147,14 +151,34 @@ def last_box(text: str) -> str | None:
     One pass from the box onwards: linear in the length of the text.
     """
     start = max(text.rfind(r"\boxed{"), text.rfind(r"\fbox{"))
-    if start < 0:
-        return None
-    begin = text.index("{", start) + 1
+    return None if start < 0 else _closed(text, text.index("{", start) + 1, len(text))
+
+
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+
+
+def boxes(text: str, longest: int) -> list[tuple[int, str | None]]:
+    r"""Where every `\boxed{…}` and `\fbox{…}` starts and what stands in it, nested ones included, in order.
+
+    None for one that is cut off or holds more than `longest` characters, so that the time is bounded by
+    `longest` times the number of boxes.
+    """
+    return [
+        (box.start(), _closed(text, box.end(), min(len(text), box.end() + longest + 1)))
+        for box in _BOX.finditer(text)
+    ]
+
+
+_BRACE = re.compile(r"[{}]")
+
+
+def _closed(text: str, begin: int, end: int) -> str | None:
+    """The text from `begin` to the brace that closes the one before it; None when `end` comes first."""
     depth = 1
-    for brace in re.finditer(r"[{}]", text[begin:]):
+    for brace in _BRACE.finditer(text, begin, end):
         depth += 1 if brace[0] == "{" else -1
         if depth == 0:
-            return text[begin : begin + brace.start()]
+            return text[begin : brace.start()]
     return None
 
 

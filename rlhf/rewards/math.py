@@ -9,6 +9,8 @@ Chosen here, and tested against the library's version 0.9.0:
 - *Malformed LaTeX is not repaired* in answers (a reward that repairs teaches it), but TeX's own shorthand is
   spelled out on both sides: `\frac43` and `\sqrt2` are valid.
 - *Strings and numbers first.* Equal formulas are right, numbers that differ are wrong; neither needs SymPy.
+- *Several answers.* A list in the box is compared in any order, element by element where the library, which
+  cannot pair functions, says no. Several boxes are no list.
 - *No time limit of its own.* The library's uses `signal.alarm`, which works on a main thread only, and SymPy
   can spend hours on a tower of powers: this kind always runs in the killable processes of `sandbox.py`.
 """
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from fractions import Fraction
 from functools import lru_cache
@@ -26,6 +28,7 @@ from typing import Any
 from rlhf.errors import UserError
 from rlhf.rewards.exact import integer, last_box
 from rlhf.rewards.grade import Grade, Kind, Response, Status, failed, register
+from rlhf.rewards.reasoning import THINK_END, Reasoning, answer_part
 
 
 class Extract(StrEnum):
@@ -47,6 +50,8 @@ class MathSpec:
     max_chars: int = 512
     """A longer answer counts as none (the longest of MATH-500 has 159 characters); `lenient` looks at no more
     than this much from the end."""
+    reasoning: Reasoning = Reasoning.keep
+    """Whether the text before `</think>` is read."""
 
     def check(self) -> list[str]:
         """Sentences about impossible values."""
@@ -59,36 +64,47 @@ def grade(response: Response, gold: str | None, spec: MathSpec) -> Grade:
     if isinstance(settled, Grade):
         return settled
     assert gold is not None
-    parsed_gold = _parse_gold(_bare(gold))
+    target = bare(gold)
+    parsed_gold = _parse_gold(target)
     if not parsed_gold:
         return failed(KIND.label, Status.gold_unparsable)
-    box = last_box(settled.text)
-    if box is None:
-        parsed, answer = _parse_text(settled.text)
+    text = settled.text.removeprefix(THINK_END)
+    answer = last_box(text)
+    if answer is not None:
+        right = equal(target, answer)
     else:
-        parsed, answer = _parse_box(box, lenient=False), box.strip()
-    if not parsed:
+        parsed, answer = _parse_text(text)
+        right = _verify(parsed_gold, parsed) if parsed else None
+    if right is None:
         return failed(KIND.label, Status.no_answer)
-    right = _library().verify(parsed_gold, parsed, timeout_seconds=None)
     return Grade(accuracy=float(right), extracted=answer, grader=KIND.label)
+
+
+def equal(gold: str, answer: str) -> bool | None:
+    """Whether two formulas, without box and dollars, are equal by the library; None when it cannot read
+    `answer`. May run for hours."""
+    parsed = _parse_box(answer, lenient=False)
+    return _verify(_parse_gold(gold), parsed) or same_list(gold, answer) if parsed else None
 
 
 def prepare(response: Response, gold: str | None, spec: MathSpec) -> Grade | Response:
     """The verdict where plain text settles it, else the response cut down to its answer."""
-    target = _bare(gold) if gold is not None else ""
+    target = bare(gold) if gold is not None else ""
     if not target or len(target) > spec.max_chars:
         return failed(KIND.label, Status.gold_unparsable)
-    box = last_box(response.text)
+    text = answer_part(response.text, spec.reasoning) or ""
+    box = last_box(text)
+    closed = "" if spec.reasoning is Reasoning.keep else THINK_END
     if box is None:
-        if spec.extract is Extract.boxed or not response.text.strip():
+        if spec.extract is Extract.boxed or not text.strip():
             return failed(KIND.label, Status.no_answer)
-        return replace(response, text=response.text[-spec.max_chars :], length=0, finished=True)
-    answer = box.strip()
+        return Response(text=closed + text[-spec.max_chars :])
+    answer = _DOLLAR.sub("", box).strip()
     if not answer or len(answer) > spec.max_chars:
         return failed(KIND.label, Status.no_answer)
     same = _settled(answer, target)
     if same is None:
-        return Response(text=rf"\boxed{{{answer}}}")
+        return Response(text=rf"{closed}\boxed{{{answer}}}")
     return Grade(accuracy=float(same), extracted=integer(answer) or answer, grader=KIND.label)
 
 
@@ -151,13 +167,55 @@ def spelled_out(latex: str) -> str:
     return _ROOT.sub(r"\1{\2}", _FRACTION.sub(fraction, latex))
 
 
-def _bare(gold: str) -> str:
+_DOLLAR = re.compile(r"(?<!\\)\$")
+"""A dollar that opens or closes mathematics: it means nothing in a box, and the library would stop at it."""
+
+
+def bare(gold: str) -> str:
     """A gold answer without its box and dollars."""
     box = last_box(gold)
-    inner = (gold if box is None else box).strip()
-    if len(inner) > 1 and inner.startswith("$") and inner.endswith("$") and "$" not in inner[1:-1]:
-        inner = inner[1:-1].strip()
-    return inner
+    return _DOLLAR.sub("", gold if box is None else box).strip()
+
+
+_BREAKS = re.compile(
+    r"[(\[{]|[)\]}]|(,|;|\\text\s*\{,?\s*(?:or|and)\s*\}|(?<![A-Za-z\\])(?:or|and)(?![A-Za-z]))"
+)
+
+
+def listed(latex: str) -> list[str]:
+    r"""The answers of a list: parts between commas, semicolons, "or" and "and" outside of all brackets."""
+    parts, begin, depth = [], 0, 0
+    for token in _BREAKS.finditer(latex):
+        if token[1] is None:
+            depth += 1 if token[0] in "([{" else -1
+        elif depth == 0:
+            parts.append(latex[begin : token.start()])
+            begin = token.end()
+    parts.append(latex[begin:])
+    return [part.strip() for part in parts if part.strip()]
+
+
+def same_list(gold: str, answer: str) -> bool:
+    """Whether two lists of answers hold equal ones in any order, each as often; False where `gold` is none.
+
+    The library compares lists of numbers, but not of functions, and it pairs what it has sorted.
+    """
+    golds, answers = listed(gold), listed(answer)
+    if integer(gold) is not None or len(golds) < 2 or len(golds) != len(answers):
+        return False
+    left = [_parse_box(part, lenient=False) for part in answers]
+    for part in golds:
+        parsed = _parse_gold(part)
+        match = next((index for index, other in enumerate(left) if _verify(parsed, other)), None)
+        if match is None:
+            return False
+        del left[match]
+    return True
+
+
+def _verify(gold: list[Any], answer: list[Any]) -> bool:
+    """The library's verdict, gold first, without its own time limit."""
+    return bool(_library().verify(gold, answer, timeout_seconds=None))
 
 
 @lru_cache(maxsize=1)
@@ -210,13 +268,13 @@ def _parse_text(text: str) -> tuple[list[Any], str | None]:
 
 def warm_up() -> None:
     """Import the library and parse once, so that the first answer does not pay for it within its limit."""
-    _library().verify(_parse_gold("1"), _parse_box(r"\frac{1}{2}", lenient=False), timeout_seconds=None)
+    _verify(_parse_gold("1"), _parse_box(r"\frac{1}{2}", lenient=False))
 
 
 KIND = register(
     Kind(
         name="math_verify",
-        version=1,
+        version=2,
         spec=MathSpec,
         grade=grade,
         prepare=prepare,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from rlhf.rewards.dapo_math import DapoSpec, grade, normalize
@@ -96,6 +99,16 @@ def test_normal_form_is_stable() -> None:
     for text, gold, _ in GOLDEN:
         for answer in (text, gold):
             assert normalize(normalize(answer)) == normalize(answer)
+
+
+@pytest.mark.parametrize("name", ["aime24", "aime25", "aime26", "math500"])
+def test_golds(data_dir: Path, name: str) -> None:
+    """Normalizing a gold twice changes nothing more, and every gold on an `Answer:` line is right."""
+    with open(data_dir / f"{name}.jsonl") as lines:
+        golds = [json.loads(line)["answer"] for line in lines]
+    for gold in golds:
+        assert normalize(normalize(gold)) == normalize(gold)
+        assert grade(Response(text=f"So it is.\nAnswer: {gold}"), gold, DapoSpec()).accuracy == 1, gold
 
 
 def test_hostile_text_is_quick() -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
+import threading
 from pathlib import Path
 
 import pytest
 
 from rlhf.rewards import math as grader
 from rlhf.rewards.grade import Grade, Response, Status
-from rlhf.rewards.math import Extract, MathSpec, grade, prepare, spelled_out
+from rlhf.rewards.math import Extract, MathSpec, grade, listed, prepare, same_list, spelled_out
+from rlhf.rewards.reasoning import Reasoning
 
 LENIENT = MathSpec(extract=Extract.lenient)
 
@@ -167,7 +169,7 @@ def test_statuses() -> None:
     assert grade(Response(text=r"\boxed{5}"), "", spec).status is Status.gold_unparsable
     assert grade(Response(text=r"\boxed{5}"), "}{", spec).status is Status.gold_unparsable
     assert grade(Response(text="nothing here"), "540", LENIENT).status is Status.no_answer
-    assert grade(Response(text=r"\boxed{5}"), "5", spec).grader == "math_verify@1"
+    assert grade(Response(text=r"\boxed{5}"), "5", spec).grader == "math_verify@2"
 
 
 def settled(answer: str, gold: str) -> float | None:
@@ -257,3 +259,94 @@ def test_golds_match_themselves(data_dir: Path, name: str, rows: int) -> None:
         gold = grader._parse_gold(answer)
         assert gold, answer
         assert verify(gold, grader._parse_box(answer, lenient=False)), answer
+
+
+@pytest.mark.parametrize(
+    ("latex", "parts"),
+    [
+        ("1,3;5", ["1", "3", "5"]),
+        ("(1,2), (3,4)", ["(1,2)", "(3,4)"]),
+        (r"\{1,2\}", [r"\{1,2\}"]),
+        (r"f(x,y)=1 \text{ or } f(x,y)=2", ["f(x,y)=1", "f(x,y)=2"]),
+        ("1, 2, and 3", ["1", "2", "3"]),
+        (r"\frac{1,5}{2}", [r"\frac{1,5}{2}"]),
+        (r"\text{north}, \text{land}", [r"\text{north}", r"\text{land}"]),
+        ("", []),
+    ],
+)
+def test_listed(latex: str, parts: list[str]) -> None:
+    assert listed(latex) == parts
+
+
+def test_same_list() -> None:
+    """A matching of equal answers, each used once; a number with commas and a single answer are no lists."""
+    assert same_list("f(x)=x, f(x)=-x", "f(x)=-x, f(x)=x")
+    assert same_list("1, 1, 2", r"2, 1, \frac{2}{2}")
+    assert not same_list("1, 1, 2", "2, 2, 1")
+    assert not same_list("1, 2", "1, 2, 3")
+    assert not same_list("1,234", "234, 1")
+    assert not same_list("5", "5")
+
+
+@pytest.mark.parametrize("reasoning", list(Reasoning))
+@pytest.mark.parametrize("extract", list(Extract))
+def test_cut_responses_are_read_alike(reasoning: Reasoning, extract: Extract) -> None:
+    """Metamorphic: what `prepare` leaves of a response is graded as the response, and left alone by it."""
+    spec = MathSpec(extract=extract, reasoning=reasoning)
+    for text in (
+        r"<think>\boxed{2x}</think> so \boxed{x+x+0}",
+        r"<think>\boxed{x+x+0}</think> so \boxed{3x}",
+        r"<think>\boxed{x+x+0}</think> <think>",
+        "<think>$3x$</think> so $x+x+0$",
+        r"\boxed{x+x+0}",
+    ):
+        cut = prepare(Response(text=text), "2x", spec)
+        whole = grade(Response(text=text), "2x", spec)
+        if isinstance(cut, Grade):
+            assert cut == whole
+        else:
+            assert prepare(cut, "2x", spec) == cut
+            assert grade(cut, "2x", spec) == whole
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "Find $x$ and put it into \\boxed{}.",
+        "".join(rf"\boxed{{{number}}} " for number in range(1000)),
+        r"\boxed{540} but no, \boxed{541}",
+        r"\boxed{540, 541}",
+        r"\boxed{540 \text{ or } 541}",
+        r"\boxed{" + ", ".join(map(str, range(1000))) + "}",
+        r"\boxed{" + ", ".join(map(str, range(500, 550))) + "}",
+        r"\boxed{" + "{" * 5_000 + "540" + "}" * 5_001,
+        r"\boxed{x}",
+        r"\boxed{540",
+    ],
+)
+def test_what_earns_nothing(text: str) -> None:
+    assert grade(Response(text=text), "540", MathSpec()).accuracy == 0
+
+
+def test_any_thread() -> None:
+    found: list[Grade] = []
+    response = Response(text=r"\boxed{\frac{2}{4}x}")
+    thread = threading.Thread(target=lambda: found.append(grade(response, r"\frac{x}{2}", MathSpec())))
+    thread.start()
+    thread.join()
+    assert found == [grade(response, r"\frac{x}{2}", MathSpec())]
+    assert found[0].accuracy == 1
+
+
+def test_several_answers_in_any_order(data_dir: Path) -> None:
+    """OlympiadBench's rows of several answers: reversed they are right, one short they are wrong."""
+    with open(data_dir / "olympiadbench.jsonl") as lines:
+        rows = [row for row in map(json.loads, lines) if row["level"].endswith("multiple")]
+    assert len(rows) == 94
+    for row in rows[::4]:
+        parts = listed(grader.bare(row["answer"]))
+        if len(set(parts)) > 1:
+            turned, short = (rf"\boxed{{{', '.join(some)}}}" for some in (parts[::-1], parts[:-1]))
+            assert grade(Response(text=turned), row["answer"], MathSpec()).accuracy == 1, row["answer"]
+            assert grade(Response(text=short), row["answer"], MathSpec()).accuracy == 0, row["answer"]

@@ -37,7 +37,7 @@ def test_three_lines_of_yaml() -> None:
 @pytest.mark.parametrize(
     ("parts", "keys", "sentence"),
     [
-        ({"a": {}}, {}, "reward.parts.a.kind is empty: choose one of dapo_math, exact_integer,"),
+        ({"a": {}}, {}, "reward.parts.a.kind is empty: choose one of aime, dapo_math, exact_integer,"),
         ({"a": {"kind": "exact"}}, {}, "reward.parts.a.kind='exact' is not known"),
         (
             {"a": {"kind": "math_verifi"}},
@@ -120,7 +120,15 @@ def test_one_sentence_a_mistake(parts: dict[str, Any], keys: dict[str, Any], sen
 
 
 def test_kinds_register_once() -> None:
-    assert kind_names() == ["dapo_math", "exact_integer", "format", "length", "math_verify", "function"]
+    assert kind_names() == [
+        "aime",
+        "dapo_math",
+        "exact_integer",
+        "format",
+        "length",
+        "math_verify",
+        "function",
+    ]
     for name in ("exact_integer", "function"):
         with pytest.raises(ValueError, match=f"reward kind '{name}' is registered already"):
             register(Kind(name=name, version=2, spec=ExactSpec, grade=find_kind("exact_integer").grade))
