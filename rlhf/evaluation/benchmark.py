@@ -52,7 +52,7 @@ class BenchmarkDataConfig:
     question, prompt; answer, final_answer, ground_truth). `answer_after: "####"` takes what follows a mark in
     an answer that has it."""
     answers: AnswerKind = AnswerKind.integer
-    """`integer` or `expression`: which of the protocol's graders judges."""
+    """`aime`, `integer` or `expression`: which of the protocol's graders judges."""
     problems: int = 0
     """Ask only this many, the first ones; 0 asks all. Then the score is not the benchmark's, which the stamp
     shows."""

@@ -19,8 +19,10 @@ PART = "answer"
 class AnswerKind(StrEnum):
     """What the answers of a benchmark are; a protocol has a grader for each."""
 
+    aime = "aime"
+    """Whole numbers from 0 to 999."""
     integer = "integer"
-    """Whole numbers (AIME, AMC, GSM8K)."""
+    """Whole numbers (AMC, GSM8K)."""
     expression = "expression"
     """Mathematical expressions (MATH-500, OlympiadBench)."""
 
@@ -62,7 +64,7 @@ class ProtocolConfig:
     template: str = "{prompt}"
     """Text of the user's turn; `{prompt}` stands for the problem."""
     graders: dict[str, GraderConfig] = field(default_factory=dict)
-    """By kind of answer (`integer`, `expression`)."""
+    """By kind of answer (`aime`, `integer`, `expression`)."""
 
     def check(self) -> list[str]:
         """Sentences about values that cannot work."""

@@ -65,9 +65,9 @@ def test_batch_invariance_wants_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         UserError, match=r"^rollout\.numerics=batch_invariant switches vLLM's GPU kernels, and"
     ):
-        placement_of(config)
+        placement_of(config.rollout)
     see_gpus(monkeypatch, 2)
-    assert placement_of(config).engines == ((1,),)
+    assert placement_of(config.rollout).engines == ((1,),)
 
 
 def test_gpus_of_a_cluster_are_not_counted_here(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,12 +60,12 @@ def test_an_overridden_preset_is_another_protocol() -> None:
     preset = load("aime24")
     changed = load("aime24", ["protocol.samples=4"])
     parts = [
-        protocol_part(config.protocol, AnswerKind.integer, _preset_digest(config))
+        protocol_part(config.protocol, AnswerKind.aime, _preset_digest(config))
         for config in (preset, changed)
     ]
     assert [part["label"] for part in parts] == ["dapo@1", "dapo@1+changed"]
     assert parts[0]["digest"] != parts[1]["digest"]
-    assert parts[0]["digest"] == digest(content(preset.protocol, AnswerKind.integer))
+    assert parts[0]["digest"] == digest(content(preset.protocol, AnswerKind.aime))
 
 
 @pytest.mark.parametrize(
@@ -75,8 +75,8 @@ def test_an_overridden_preset_is_another_protocol() -> None:
         (["rollout.top_p=0.5"], "rollout.top_p=0.5 is how training samples: set protocol.top_p."),
         (["protocol.samples=0"], "protocol.samples=0 must be at least 1"),
         (["protocol.template=hello"], "protocol.template='hello' has no {prompt}"),
-        (["protocol.graders.integer.kind=exact"], "protocol.graders.integer.kind='exact' is not known"),
-        (["data.answers=essay"], "data.answers=essay: choose one of integer, expression."),
+        (["protocol.graders.aime.kind=exact"], "protocol.graders.aime.kind='exact' is not known"),
+        (["data.answers=essay"], "data.answers=essay: choose one of aime, integer, expression."),
         (["data.problems=-1"], "data.problems=-1 is negative"),
         (["endpoint.url=localhost:8000"], "endpoint.url=localhost:8000 is no address"),
         (["endpoint.model=mine"], "endpoint.model=mine has no server: set endpoint.url, or use model.path."),
