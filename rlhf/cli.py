@@ -208,9 +208,10 @@ def _eval(arguments: argparse.Namespace) -> int:
     if benchmark.is_benchmark(recipe):
         wanted = benchmark.load(recipe, overrides)
         from rlhf.evaluate import evaluate_benchmark
+        from rlhf.reproduce import reproduce
 
         _show_log()
-        print(evaluate_benchmark(recipe, wanted))
+        print((reproduce if wanted.reproducibility else evaluate_benchmark)(recipe, wanted))
         return 0
     from rlhf.compose import load
 

@@ -58,6 +58,11 @@ class Asked:
     tokenizer: Any
     stamp: Stamp
 
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """Of the model; a server knows its own."""
+        return models.end_token_ids(self.tokenizer, self.resolved.folder) if self.resolved else ()
+
 
 def evaluate_benchmark(recipe: str, config: BenchmarkConfig) -> str:
     """Run or go on with a benchmark; returns the numbers as text, and writes them beside the responses.
@@ -66,10 +71,9 @@ def evaluate_benchmark(recipe: str, config: BenchmarkConfig) -> str:
     ends it: what was answered is kept, and the same command goes on.
     """
     with clear_sentences(), ExitStack() as opened:
-        examples = read_problems(config.data, benchmark_name(recipe, config))
         scorer = opened.enter_context(Scorer(config.protocol.reward(config.data.answers)))
-        asked = _asked(recipe, config, examples, scorer)
-        folder = Path(config.run.dir) if config.run.dir else FOLDER / _folder_name(asked, config)
+        asked = prepare(recipe, config, scorer)
+        folder = folder_of(asked, config)
         answers = Answers(folder, asked.stamp)
         opened.enter_context(closing(FolderLock(folder)))
         replace_text(folder / "config.yaml", f"# @package _global_\n# {recipe}\n{to_yaml(config)}")
@@ -78,13 +82,14 @@ def evaluate_benchmark(recipe: str, config: BenchmarkConfig) -> str:
         done = answers.whole([len(prompts) * config.protocol.samples for prompts in rounds])
         logger.info("evaluation: %s", folder)
         if done < len(rounds):
-            with _stopping(folder, answers), _responder(config, asked, folder) as responder:
+            with stopping(folder), responding(config, asked, folder) as responder:
                 _answer(rounds[done:], config, asked, answers, scorer, responder)
         return _finish(asked, config, answers)
 
 
-def _asked(recipe: str, config: BenchmarkConfig, examples: Sequence[Example], scorer: Scorer) -> Asked:
-    """Model, prompts and stamp; nothing is generated."""
+def prepare(recipe: str, config: BenchmarkConfig, scorer: Scorer) -> Asked:
+    """Problems, model, prompts and stamp; nothing is generated. Raises `UserError`."""
+    examples = read_problems(config.data, benchmark_name(recipe, config))
     if config.endpoint.url:
         served = _connected(config)
         tokenizer, resolved = None, None
@@ -172,10 +177,13 @@ def _preset_digest(config: BenchmarkConfig) -> str:
     return digest({**values, "graders": {"kind": grader.get("kind", ""), "args": grader.get("args", {})}})
 
 
-def _folder_name(asked: Asked, config: BenchmarkConfig) -> str:
-    """`aime24-dapo-0a1b2c3d`: equal for equal stamps, so that the same command finds what it began."""
+def folder_of(asked: Asked, config: BenchmarkConfig, kind: str = "") -> Path:
+    """`run.dir`, else `evaluations/aime24-dapo-0a1b2c3d`: equal for equal stamps, so that the same command
+    finds what it began."""
     parts = [asked.name, config.protocol.name or "unnamed", asked.stamp.digest[:8]]
-    return re.sub(r"[^\w.@-]+", "-", "-".join(parts))
+    return (
+        Path(config.run.dir) if config.run.dir else FOLDER / re.sub(r"[^\w.@-]+", "-", kind + "-".join(parts))
+    )
 
 
 def _rounds(prompts: Sequence[Prompt], config: BenchmarkConfig) -> list[list[Prompt]]:
@@ -185,7 +193,7 @@ def _rounds(prompts: Sequence[Prompt], config: BenchmarkConfig) -> list[list[Pro
 
 
 @contextmanager
-def _responder(config: BenchmarkConfig, asked: Asked, folder: Path) -> Iterator[Responder]:
+def responding(config: BenchmarkConfig, asked: Asked, folder: Path) -> Iterator[Responder]:
     """Who answers; an adapter is merged into the weights first."""
     with ExitStack() as opened:
         if asked.resolved is None:
@@ -211,11 +219,7 @@ def _answer(
     responder: Responder,
 ) -> None:
     """Answer and grade what is left, and say after every round where the score stands."""
-    samples = config.protocol.samples
-    end_tokens = (
-        models.end_token_ids(asked.tokenizer, asked.resolved.folder) if asked.resolved is not None else ()
-    )
-    sampling = config.protocol.sampling(end_tokens)
+    samples, sampling = config.protocol.samples, config.protocol.sampling(asked.end_tokens)
     total, begun, before = len(asked.prompts), time.monotonic(), len(answers.problems)
     for prompts in rounds:
         result = evaluate(
@@ -242,7 +246,7 @@ def _finish(asked: Asked, config: BenchmarkConfig, answers: Answers) -> str:
 
 
 @contextmanager
-def _stopping(folder: Path, answers: Answers) -> Iterator[None]:
+def stopping(folder: Path) -> Iterator[None]:
     """What ends an evaluation in its midst, in one sentence."""
     try:
         yield
@@ -253,6 +257,5 @@ def _stopping(folder: Path, answers: Answers) -> Iterator[None]:
         if not said:
             raise
         raise RunStoppedError(
-            f"the evaluation stopped after {len(answers.problems)} responses: {said} The same command goes "
-            "on after them."
+            f"the evaluation stopped: {said} What is in {folder} is kept, and the same command goes on after it."
         ) from error

@@ -116,6 +116,9 @@ class BenchmarkConfig:
     data: BenchmarkDataConfig = field(default_factory=BenchmarkDataConfig)
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reproducibility: int = 0
+    """Answer every problem greedily under this many settings of batch and threads (2 to 6), in bfloat16,
+    LayerCast and float32, and report how much the responses differ. 0 evaluates once."""
 
     @property
     def longest_sequence(self) -> int:

@@ -161,7 +161,7 @@ def grader_part(label: str) -> dict[str, Any]:
 
 def numerics_part(rollout: RolloutConfig) -> dict[str, Any]:
     """Number formats of our engines."""
-    return {"dtype": rollout.dtype.value}
+    return {"dtype": rollout.dtype.value, "numerics": rollout.numerics.value}
 
 
 def engine_versions() -> dict[str, str]:
