@@ -257,5 +257,6 @@ def stopping(folder: Path) -> Iterator[None]:
         if not said:
             raise
         raise RunStoppedError(
-            f"the evaluation stopped: {said} What is in {folder} is kept, and the same command goes on after it."
+            f"the evaluation stopped: {said} What is in {folder} is kept, and the same command goes on "
+            "after it."
         ) from error

@@ -1,4 +1,4 @@
-"""`rlhf eval BENCHMARK reproducibility=N`: the same greedy responses under other batches, threads and formats.
+"""`rlhf eval BENCHMARK reproducibility=N`: the same responses under other batches, threads and formats.
 
 Nothing of it may move a response in exact arithmetic. How much it does is measured as LayerCast does
 (arXiv 2506.09501, section 3) over N configurations of each number format, each with an engine of its own.
@@ -90,8 +90,8 @@ def conditions(count: int) -> list[Condition]:
     settings = [(batch, each) for each in threads for batch in BATCHES]
     if not 2 <= count <= len(settings):
         raise UserError(
-            f"reproducibility={count} must lie in 2..{len(settings)}: so many settings of batch and threads are "
-            "tried here in each number format; 0 evaluates once."
+            f"reproducibility={count} must lie in 2..{len(settings)}: so many settings of batch and threads "
+            "there are here for each number format; 0 evaluates once."
         )
     return [
         Condition(form=form, batch=batch, threads=each)
