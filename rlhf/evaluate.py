@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +50,28 @@ class Asked:
     """What is asked, of whom, and under which stamp."""
 
     name: str
-    prompts: list[Prompt]
-    messages: dict[str, list[dict[str, str]]]
-    """The chats by prompt id, for a server."""
-    resolved: ResolvedModel | None
-    """None when a server answers."""
-    tokenizer: Any
+    """Of the benchmark."""
+    answerer: Answerer
     stamp: Stamp
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """In order."""
+        return self.answerer.prompts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answerer:
+    """A model with our engines, or a server, and the prompts as it takes them."""
+
+    prompts: list[Prompt]
+    stamped: dict[str, Any]
+    """Its parts of the stamp: model, engine, numerics, versions."""
+    resolved: ResolvedModel | None = None
+    """None for a server."""
+    tokenizer: Any = None
+    messages: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+    """The chats by prompt id, for a server."""
 
     @property
     def end_tokens(self) -> tuple[int, ...]:
@@ -82,66 +97,66 @@ def evaluate_benchmark(recipe: str, config: BenchmarkConfig) -> str:
         done = answers.whole([len(prompts) * config.protocol.samples for prompts in rounds])
         logger.info("evaluation: %s", folder)
         if done < len(rounds):
-            with stopping(folder), responding(config, asked, folder) as responder:
+            with stopping(folder), responding(config, asked.answerer, folder) as responder:
                 _answer(rounds[done:], config, asked, answers, scorer, responder)
         return _finish(asked, config, answers)
 
 
 def prepare(recipe: str, config: BenchmarkConfig, scorer: Scorer) -> Asked:
     """Problems, model, prompts and stamp; nothing is generated. Raises `UserError`."""
-    examples = read_problems(config.data, benchmark_name(recipe, config))
-    if config.endpoint.url:
-        served = _connected(config)
-        tokenizer, resolved = None, None
-        builder = PromptBuilder(_ChatOnly(), data_config(config), config.model)  # type: ignore[arg-type]
-        messages = {example.id: builder.messages(example) for example in examples}
-        prompts = [_chat_prompt(example, messages[example.id]) for example in examples]
-        model = {"description": f"{served} at {config.endpoint.url}", "weights": "unknown"}
-        device, numerics, versions = config.endpoint.url, {"dtype": "unknown"}, {}
-    else:
-        resolved = models.resolve(config.model)
-        tokenizer = models.load_tokenizer(resolved, config.model)
-        prompts = PromptBuilder(tokenizer, data_config(config), config.model).build(examples).prompts
-        messages = {}
-        _check_length(config, resolved.folder, prompts)
-        weights = stamp.weights_digest(resolved.folder, resolved.adapter)
-        model = {"description": resolved.description, "weights": weights}
-        device = environment.device()
-        numerics, versions = stamp.numerics_part(config.rollout), stamp.engine_versions()
-    answers = config.data.answers
-    return Asked(
-        name=benchmark_name(recipe, config),
-        prompts=prompts,
-        messages=messages,
-        resolved=resolved,
-        tokenizer=tokenizer,
-        stamp=Stamp(
-            protocol=stamp.protocol_part(config.protocol, answers, _preset_digest(config)),
-            data={"path": config.data.path, "digest": data_digest(examples), "problems": len(examples)},
-            prompts=digest([prompt.text for prompt in prompts]),
-            grader=stamp.grader_part(scorer.graders()[PART]),
-            model=model,
-            engine={"kind": "endpoint" if config.endpoint.url else "vllm", "device": device},
-            numerics=numerics,
-            versions=versions,
-            seed=config.run.seed,
-            round=config.round_size,
-        ),
+    name, kind = benchmark_name(recipe, config), config.data.answers
+    examples = read_problems(config.data, name)
+    answerer = _server(config, examples) if config.endpoint.url else _model(config, examples)
+    full = Stamp(
+        protocol=stamp.protocol_part(config.protocol, kind, _preset_digest(config)),
+        data={"path": config.data.path, "digest": data_digest(examples), "problems": len(examples)},
+        prompts=digest([prompt.text for prompt in answerer.prompts]),
+        grader=stamp.grader_part(scorer.graders()[PART]),
+        seed=config.run.seed,
+        round=config.round_size,
+        **answerer.stamped,
     )
+    return Asked(name=name, answerer=answerer, stamp=full)
+
+
+def _model(config: BenchmarkConfig, examples: Sequence[Example]) -> Answerer:
+    """The model that our engines will load."""
+    resolved = models.resolve(config.model)
+    tokenizer = models.load_tokenizer(resolved, config.model)
+    prompts = PromptBuilder(tokenizer, data_config(config), config.model).build(examples).prompts
+    _check_length(config, resolved.folder, prompts)
+    weights = stamp.weights_digest(resolved.folder, resolved.adapter)
+    stamped = {
+        "model": {"description": resolved.description, "weights": weights},
+        "engine": {"kind": "vllm", "device": environment.device()},
+        "numerics": stamp.numerics_part(config.rollout),
+        "versions": stamp.engine_versions(),
+    }
+    return Answerer(prompts=prompts, stamped=stamped, resolved=resolved, tokenizer=tokenizer)
+
+
+def _server(config: BenchmarkConfig, examples: Sequence[Example]) -> Answerer:
+    """The server, which keeps its weights and number format to itself. Raises `UserError` when it is away."""
+    try:
+        served = responders.connect(config.endpoint, config.run.seed).model
+    except EndpointError as error:
+        raise UserError(str(error)) from error
+    builder = PromptBuilder(_ChatOnly(), data_config(config), config.model)  # type: ignore[arg-type]
+    messages = {example.id: builder.messages(example) for example in examples}
+    stamped = {
+        "model": {"description": f"{served} at {config.endpoint.url}", "weights": "unknown"},
+        "engine": {"kind": "endpoint", "device": config.endpoint.url},
+        "numerics": {"dtype": "unknown"},
+        "versions": {},
+    }
+    prompts = [_chat_prompt(example, messages[example.id]) for example in examples]
+    return Answerer(prompts=prompts, stamped=stamped, messages=messages)
 
 
 class _ChatOnly:
     """Stands for a tokenizer where a server applies the template."""
 
     chat_template = "the server's"
-
-
-def _connected(config: BenchmarkConfig) -> str:
-    """The model that the server has. Raises `UserError` when it does not answer."""
-    try:
-        return responders.connect(config.endpoint, config.run.seed).model
-    except EndpointError as error:
-        raise UserError(str(error)) from error
 
 
 def _chat_prompt(example: Example, messages: list[dict[str, str]]) -> Prompt:
@@ -193,21 +208,22 @@ def _rounds(prompts: Sequence[Prompt], config: BenchmarkConfig) -> list[list[Pro
 
 
 @contextmanager
-def responding(config: BenchmarkConfig, asked: Asked, folder: Path) -> Iterator[Responder]:
-    """Who answers; an adapter is merged into the weights first."""
+def responding(config: BenchmarkConfig, answerer: Answerer, folder: Path) -> Iterator[Responder]:
+    """Who answers; an adapter is merged into the weights first, engines log into `folder`."""
+    resolved = answerer.resolved
     with ExitStack() as opened:
-        if asked.resolved is None:
-            yield opened.enter_context(responders.server(config.endpoint, config.run.seed, asked.messages))
+        if resolved is None:
+            server = responders.server(config.endpoint, config.run.seed, answerer.messages)
+            yield opened.enter_context(server)
             return
-        model = asked.resolved.folder
-        if asked.resolved.adapter is not None:
+        model = resolved.folder
+        if resolved.adapter is not None:
             model = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="whetstone-merged-")))
-            merge_adapter(asked.resolved, getattr(torch, config.rollout.dtype.value), model)
-        logger.info("model: %s", asked.resolved.description)
-        length = _longest(asked.prompts) + config.protocol.max_new_tokens
-        yield opened.enter_context(
-            responders.engines(config, asked.resolved, model, asked.tokenizer, length, folder / "logs")
-        )
+            merge_adapter(resolved, getattr(torch, config.rollout.dtype.value), model)
+        logger.info("model: %s", resolved.description)
+        length = _longest(answerer.prompts) + config.protocol.max_new_tokens
+        engines = responders.engines(config, resolved, model, answerer.tokenizer, length, folder / "logs")
+        yield opened.enter_context(engines)
 
 
 def _answer(
@@ -219,7 +235,7 @@ def _answer(
     responder: Responder,
 ) -> None:
     """Answer and grade what is left, and say after every round where the score stands."""
-    samples, sampling = config.protocol.samples, config.protocol.sampling(asked.end_tokens)
+    samples, sampling = config.protocol.samples, config.protocol.sampling(asked.answerer.end_tokens)
     total, begun, before = len(asked.prompts), time.monotonic(), len(answers.problems)
     for prompts in rounds:
         result = evaluate(

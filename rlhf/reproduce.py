@@ -138,9 +138,9 @@ def _outcome(
         return Outcome(**json.loads(path.read_text(encoding="utf-8")))
     logger.info("%s ...", condition.name)
     changed = dataclasses.replace(config, rollout=condition.rollout(config.rollout))
-    with stopping(folder), responding(changed, asked, folder) as responder:
+    with stopping(folder), responding(changed, asked.answerer, folder) as responder:
         begun = time.perf_counter()
-        groups = responder(asked.prompts, changed.protocol.sampling(asked.end_tokens), 1)
+        groups = responder(asked.prompts, changed.protocol.sampling(asked.answerer.end_tokens), 1)
         seconds = time.perf_counter() - begun
     scorer.score(groups)
     answers = [group.trajectories[0] for group in groups]
