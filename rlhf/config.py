@@ -193,13 +193,11 @@ def _across(config: Config) -> Iterator[str]:
             f"algorithm.dynamic_sampling.enabled=true needs groups that can disagree but "
             f"loop.group_size={loop.group_size}: set loop.group_size to 2 or more."
         )
-    for name, neutral in (("top_p", 1), ("top_k", 0), ("min_p", 0)):
-        value = getattr(rollout, name)
-        if value != neutral:
-            yield (
-                f"rollout.{name}={value} cuts the sampling distribution, which the learner cannot "
-                f"renormalize: set rollout.{name}={neutral}."
-            )
+    if rollout.top_p != 1:
+        yield (
+            f"rollout.top_p={rollout.top_p} cuts the sampling distribution, which the learner cannot "
+            f"renormalize: set rollout.top_p=1."
+        )
     if algorithm.old_logprobs is OldLogprobs.current and loop.optimizer_steps > 1:
         yield (
             f"algorithm.old_logprobs=current needs one optimizer step a rollout but loop.mini_batch="

@@ -66,10 +66,6 @@ class RolloutConfig:
     """Sampling temperature, above 0. The learner divides its logits by the same number."""
     top_p: float = 1.0
     """Keep the likeliest tokens of this total probability, in (0, 1]; 1 keeps all."""
-    top_k: int = 0
-    """Keep this many of the likeliest tokens; 0 keeps all."""
-    min_p: float = 0.0
-    """Drop tokens less likely than this share of the likeliest one's probability, in [0, 1)."""
     max_new_tokens: int = 16
     """Most tokens of a response; one that reaches it is truncated."""
     stop: list[str] = field(default_factory=list)
@@ -115,8 +111,6 @@ class RolloutConfig:
             )
         if not 0 < self.top_p <= 1:
             problems.append(f"rollout.top_p={self.top_p} must lie in (0, 1]: use 1 to keep every token.")
-        if not 0 <= self.min_p < 1:
-            problems.append(f"rollout.min_p={self.min_p} must lie in [0, 1): use 0 to keep every token.")
         if not 0 < self.gpu_memory < 1:
             problems.append(
                 f"rollout.gpu_memory={self.gpu_memory} must lie in (0, 1): use 0.45 beside a learner."
@@ -191,8 +185,6 @@ class RolloutConfig:
             max_tokens=self.max_new_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
             stop=tuple(self.stop),
             stop_token_ids=stop_token_ids,
         )
@@ -201,7 +193,6 @@ class RolloutConfig:
 _LEAST = {
     "engines": 1,
     "restarts": 0,
-    "top_k": 0,
     "max_new_tokens": 1,
     "max_model_len": 0,
     "max_num_seqs": 1,

@@ -164,7 +164,7 @@ def _across(config: BenchmarkConfig) -> list[str]:
     answers, protocol, plain = config.data.answers.value, config.protocol, RolloutConfig()
     found = [
         f"rollout.{name}={getattr(config.rollout, name)} is how training samples: set protocol.{name}."
-        for name in ("temperature", "top_p", "top_k", "min_p", "max_new_tokens", "stop")
+        for name in ("temperature", "top_p", "max_new_tokens", "stop")
         if getattr(config.rollout, name) != getattr(plain, name)
     ]
     if answers not in protocol.graders:

@@ -105,9 +105,9 @@ def test_the_fingerprint_sees_what_decides_a_run_and_nothing_else() -> None:
 
 def test_a_key_that_is_new_since_leaves_a_result_valid_at_its_default_only() -> None:
     now = relevant(load("dapo/tiny"))
-    recorded = {key: value for key, value in now.items() if key != "rollout.min_p"}
+    recorded = {key: value for key, value in now.items() if key != "algorithm.clip.dual"}
     assert still_valid(recorded, now)
-    assert not still_valid(recorded, now | {"rollout.min_p": 0.1})
+    assert not still_valid(recorded, now | {"algorithm.clip.dual": 3.0})
     assert not still_valid(now | {"loop.gone": 1}, now)
     assert not still_valid(now | {"loop.steps": 7}, now)
 

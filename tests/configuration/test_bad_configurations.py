@@ -121,14 +121,6 @@ CASES = [
         "rollout.top_p=0.9 cuts the sampling distribution, which the learner cannot renormalize: set rollout.top_p=1.",
     ),
     (
-        ["rollout.top_k=5"],
-        "rollout.top_k=5 cuts the sampling distribution, which the learner cannot renormalize: set rollout.top_k=0.",
-    ),
-    (
-        ["rollout.min_p=0.1"],
-        "rollout.min_p=0.1 cuts the sampling distribution, which the learner cannot renormalize: set rollout.min_p=0.",
-    ),
-    (
         ["rollout.max_model_len=16"],
         "rollout.max_model_len=16 is shorter than data.max_prompt_tokens + rollout.max_new_tokens = 136: raise it or set 0.",
     ),

@@ -219,7 +219,6 @@ def test_ray_that_is_not_installed_is_one_sentence(monkeypatch: pytest.MonkeyPat
         ({"engines": 0}, "rollout.engines=0 must be at least 1: raise it."),
         ({"temperature": 0.0}, "rollout.temperature=0.0 must be above 0: the learner divides logits by it."),
         ({"top_p": 1.5}, "rollout.top_p=1.5 must lie in (0, 1]: use 1 to keep every token."),
-        ({"min_p": 1.0}, "rollout.min_p=1.0 must lie in [0, 1): use 0 to keep every token."),
         (
             {"stop": ["\n", ""]},
             'rollout.stop holds an empty string, which would end every response: remove "".',
@@ -264,9 +263,9 @@ def test_bad_settings_are_named_with_their_remedy(changes: dict[str, Any], sente
 
 
 def test_the_defaults_are_sound_and_become_sampling() -> None:
-    config = RolloutConfig(top_k=5, stop=["\n"])
+    config = RolloutConfig(top_p=0.5, stop=["\n"])
     assert config.check() == []
-    assert config.sampling((2, 0)) == Sampling(max_tokens=16, top_k=5, stop=("\n",), stop_token_ids=(2, 0))
+    assert config.sampling((2, 0)) == Sampling(max_tokens=16, top_p=0.5, stop=("\n",), stop_token_ids=(2, 0))
     assert config.sampling().truncates
 
 
