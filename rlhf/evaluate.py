@@ -255,7 +255,7 @@ def _answer(
 def _finish(asked: Asked, config: BenchmarkConfig, answers: Answers) -> str:
     """Numbers, stamp and report of a whole evaluation."""
     found = summarize(answers.problems, config.protocol.samples)
-    full = dataclasses.replace(asked.stamp, counts=found.counts)
+    full = dataclasses.replace(asked.stamp, counts=found.plain()["counts"])
     answers.finish(full, found.plain())
     page.write(answers.folder, asked.name, full, found, answers.problems)
     return page.text(asked.name, full, found, answers.folder)

@@ -52,8 +52,8 @@ class Stamp:
     seed: int
     round: int
     """Responses handed over at once: with it the numbers of a batch may move."""
-    counts: dict[str, float] = field(default_factory=dict)
-    """Filled in at the end: truncation and unanswered rates and the like."""
+    counts: dict[str, float | None] = field(default_factory=dict)
+    """Filled in at the end: truncation and unanswered rates and the like; None where there was nothing."""
 
     @property
     def digest(self) -> str:
