@@ -51,7 +51,8 @@ def load_as(
 ) -> Root:
     """`load` for a configuration with another root; `check` says what is wrong with one, a sentence each."""
     parsed = [_checked(root, text) for text in overrides]
-    chosen = [override for override in parsed if override.key_or_group in _groups(root)]
+    groups = _groups(typing.cast(type, root))
+    chosen = [override for override in parsed if override.key_or_group in groups]
     plain = _compose(root, recipe, [(override.input_line or "").lstrip("+") for override in chosen])
     config = _structured(root, plain, [override for override in parsed if override not in chosen])
     problems = check(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from openai.types.chat import ChatCompletion
 
 Messages = list[dict[str, str]]
+"""Turns of a chat, `{"role": ..., "content": ...}`."""
 NO_KEY = "none"
 """What is sent where no key is set: the client insists on one."""
 
@@ -57,12 +59,9 @@ class Endpoint:
         self.url = url
         self._run_seed = run_seed
         self._requests = requests
-        self._options = {
-            "base_url": url,
-            "api_key": os.environ.get(key_variable) or NO_KEY,
-            "timeout": timeout_s,
-            "max_retries": retries,
-        }
+        self._key = os.environ.get(key_variable) or NO_KEY
+        self._timeout_s = timeout_s
+        self._retries = retries
         self.model = self._served(model)
 
     def generate(
@@ -115,7 +114,9 @@ class Endpoint:
         seed = sample_seed(self._run_seed, draw.group_id, index)
         async with slots:
             answer: ChatCompletion = await client.chat.completions.create(
-                model=self.model, messages=messages(draw.prompt.id), **self.parameters(sampling, seed)
+                model=self.model,
+                messages=typing.cast(Any, messages(draw.prompt.id)),  # the library has a type for each role
+                **self.parameters(sampling, seed),
             )
         choice = answer.choices[0]
         return RemoteTrajectory(
@@ -149,7 +150,9 @@ class Endpoint:
     def _client(self) -> AsyncOpenAI:
         from openai import AsyncOpenAI
 
-        return AsyncOpenAI(**self._options)
+        return AsyncOpenAI(
+            base_url=self.url, api_key=self._key, timeout=self._timeout_s, max_retries=self._retries
+        )
 
     def _served(self, wanted: str) -> str:
         """The model to ask for, from the server's own list."""
@@ -179,7 +182,7 @@ class Endpoint:
         if isinstance(error, openai.APITimeoutError):
             return EndpointError(
                 f"endpoint.url={self.url} did not answer within endpoint.timeout_s="
-                f"{self._options['timeout']:g}: raise it, or lower endpoint.requests."
+                f"{self._timeout_s:g}: raise it, or lower endpoint.requests."
             )
         if isinstance(error, openai.APIConnectionError):
             return EndpointError(f"endpoint.url={self.url} cannot be reached ({error}): is the server up?")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import typing
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -116,4 +115,4 @@ def _problem_row(key: str, answers: Sequence[Problem]) -> str:
     most = sorted(votes.items(), key=lambda vote: -vote[1])[:5]
     read = ", ".join(f"{value[:40]} ({count})" for value, count in most)
     cells = (key, f"{right:g}/{len(answers)}", str(answers[0].answer), read, answers[0].prompt[:_SHOWN])
-    return "<tr>" + "".join(f"<td>{html.escape(typing.cast(str, cell))}" for cell in cells) + "</tr>"
+    return "<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in cells) + "</tr>"

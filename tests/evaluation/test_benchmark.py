@@ -103,7 +103,7 @@ def test_usual_columns_are_found(tmp_path: Path) -> None:
 
 def test_a_mark_before_the_answer_is_taken_where_there_is_one(tmp_path: Path) -> None:
     for answer in ("so 2\n#### 2", "2"):
-        rows = [{"question": "1 + 1?", "answer": answer}]
+        rows: list[dict[str, Any]] = [{"question": "1 + 1?", "answer": answer}]
         config = load("gsm8k", [lines(tmp_path / "g.jsonl", rows)])
         assert read_problems(config.data, "gsm8k")[0].answer == "2"
 
@@ -121,7 +121,9 @@ def test_repeated_problems_are_asked_once_and_ids_are_unique(tmp_path: Path) -> 
 
 def test_the_digest_is_of_the_problems_not_of_the_file(tmp_path: Path) -> None:
     rows = [{"problem": f"{n}?", "answer": str(n)} for n in range(3)]
-    other = [{"question": row["problem"], "answer": row["answer"], "level": 1} for row in rows]
+    other: list[dict[str, Any]] = [
+        {"question": row["problem"], "answer": row["answer"], "level": 1} for row in rows
+    ]
     digests = [
         data_digest(read_problems(load("jsonl", [lines(tmp_path / f"{i}.jsonl", found)]).data, str(i)))
         for i, found in enumerate((rows, other, rows[::-1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -112,16 +113,17 @@ def test_two_engines_give_the_same_responses(
 
 @pytest.fixture(scope="module")
 def server(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """`vllm serve` of the tiny model; its base URL."""
+    """What `vllm serve` starts, with the tiny model; its base URL. The command itself looks for a
+    distribution named vllm, which the CPU build is not."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = (tmp_path_factory.mktemp("server") / "server.log").open("wb")
     process = subprocess.Popen(
         [
-            sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(tiny_llama), "--port", str(port),
-            "--host", "127.0.0.1", "--served-model-name", "tiny", "--enforce-eager", "--dtype", "float32",
-            "--max-model-len", "256",
+            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny_llama),
+            "--port", str(port), "--host", "127.0.0.1", "--served-model-name", "tiny", "--enforce-eager",
+            "--dtype", "float32", "--max-model-len", "256",
         ],
         stdout=log, stderr=log, start_new_session=True,
         env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"},
@@ -130,7 +132,8 @@ def server(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         _wait_for(f"http://127.0.0.1:{port}/health", process, Path(log.name))
         yield f"http://127.0.0.1:{port}/v1"
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
