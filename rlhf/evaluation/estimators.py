@@ -118,7 +118,7 @@ def g_pass_at_k(X: npt.ArrayLike, k: int, threshold: float) -> Estimate:
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"G-Pass@k needs a threshold in (0, 1], got {threshold}: 0.5 asks for half of k.")
-    # 0.7 * 10 is 7.000000000000001, which is no reason to ask for 8.
+    # 0.07 * 100 is 7.000000000000001, which is no reason to ask for 8.
     least = max(1, math.ceil(threshold * k - 1e-9))
     return _by_counts(X, k, lambda n, c: float(_right_among(n, c, k)[least:].sum()))
 
@@ -233,7 +233,7 @@ def _either_way(same: Same, first: str, second: str) -> bool:
 def majority_chance(votes: Sequence[int | None], k: int) -> float:
     r"""The chance that class 0 wins among k of the votes, drawn without replacement; exact.
 
-    With :math:`a_c` votes for class c and :math:`a_\varnothing` samples without one: subsets in which gold has
+    With :math:`a_c` votes for class c and :math:`a_\varnothing` silent samples: subsets in which gold has
     g votes, no class more and t others as many, score 1/(t + 1), and the coefficient of :math:`x^k y^t` in
     :math:`\binom{a_0}{g}x^g\,(1+x)^{a_\varnothing}\prod_{c>0}\big(\sum_{j<g}\binom{a_c}{j}x^j
     +y\binom{a_c}{g}x^g\big)` is their number.

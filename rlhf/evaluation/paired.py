@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rlhf.evaluation.estimators import Array
-from rlhf.evaluation.statistics import Interval, cluster_sums, question_se, student_t
+from rlhf.evaluation.statistics import Interval, cluster_sums, kurtosis_of, question_se, spread_quantile
 
 MOST_FLIPPED = 16
 """Units with a difference up to which all 2^m sign flips are counted."""
@@ -50,13 +50,16 @@ def paired(
     draws: int = 100_000,
     seed: int = 0,
 ) -> Paired:
-    r"""Two models on the same questions: :math:`\bar d\pm t_{G-1}\,\mathrm{SE}(d)` and a permutation test.
+    r"""Two models on the same questions: :math:`\bar d\pm t\,\mathrm{SE}(d)` and a permutation test.
+
+    t has the degrees of freedom that the spread of the differences leaves (`spread_quantile`): few questions
+    that tell the models apart make a wide interval.
 
     Args:
         a: `[N]` values of A in [0, 1], one a question (`Estimate.per_question`); NaN: none.
         b: `[N]` of B, the same questions in the same order. The numbers of samples may differ.
         clusters: `[N]` names of the clusters that questions belong to; the standard error is then the
-            clustered one, the t quantile that of G clusters, and the test flips whole clusters.
+            clustered one, t counts clusters, and the test flips whole clusters.
         confidence: of the interval.
         draws: sign flips drawn when there are too many to count all.
         seed: of those draws.
@@ -68,7 +71,10 @@ def paired(
     groups = None if clusters is None else [name for name, keep in zip(clusters, kept, strict=True) if keep]
     sums = differences if groups is None else cluster_sums(differences, groups)
     center, se = math.fsum(differences) / len(differences), question_se(differences, groups)
-    reach = student_t(confidence, len(sums) - 1) * se if len(sums) > 1 else math.nan
+    spread = differences - center if groups is None else cluster_sums(differences - center, groups)
+    reach = math.nan
+    if len(sums) > 1:
+        reach = se * float(spread_quantile(confidence, len(sums), kurtosis_of(spread)))
     p_value, exact = sign_flip_p_value(sums, draws, seed)
     return Paired(
         difference=center,

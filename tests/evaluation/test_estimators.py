@@ -169,8 +169,8 @@ def test_mg_pass_is_the_sum_of_its_thresholds(k: int) -> None:
 
 
 def test_a_threshold_is_not_raised_by_rounding() -> None:
-    assert 0.7 * 10 > 7
-    assert g_pass_at_k(counted(10, 7), 10, 0.7).mean == 1.0
+    assert 0.07 * 100 > 7
+    assert g_pass_at_k(counted(100, 7), 100, 0.07).mean == 1.0
 
 
 # ---------------------------------------------------------------- what has no value
