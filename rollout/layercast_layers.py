@@ -71,14 +71,15 @@ class LayerCastLinearMethod(LinearMethodBase):
         layer.register_parameter("weight", weight)
         set_weight_attrs(weight, extra_weight_attrs)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Keep the weight as it is: what vLLM would repack is a copy, which a publish would leave stale.
 
         Raises ValueError where float32 products are not float32.
         """
-        require_exact_products(layer.weight.device)
+        if not layer.weight.is_meta:
+            require_exact_products(layer.weight.device)
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`[..., out]` float32 of `x` `[..., in]` float32."""
         return layercast_linear(x, layer.weight, bias)
 
@@ -112,10 +113,10 @@ class LayerCastEmbeddingMethod(QuantizeMethodBase):
         set_weight_attrs(weight, {"input_dim": 1, "output_dim": 0, **extra_weight_attrs})
         layer.register_parameter("weight", weight)
 
-    def embedding(self, layer: nn.Module, input_: Tensor) -> Tensor:
+    def embedding(self, layer: Any, input_: Tensor) -> Tensor:
         """`[..., hidden]` float32; only the rows looked up are upcast."""
         return F.embedding(input_, layer.weight).float()
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`[..., rows]` float32 logits."""
         return layercast_linear(x, layer.weight, bias)

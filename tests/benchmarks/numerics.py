@@ -128,8 +128,14 @@ def measure(work: Work, arm: str, batch: int, threads: int) -> Measured:
     """Answer all problems in an engine process of their own."""
     print(f"{arm}, batch {batch}, {threads} thread(s) ...", file=sys.stderr, flush=True)
     dtype, numerics = ARMS[arm]
-    changes = {"dtype": dtype, "numerics": numerics, "max_num_seqs": batch, "threads": threads}
-    rollout = replace(work.config.rollout, prefix_caching=False, **changes)
+    rollout = replace(
+        work.config.rollout,
+        dtype=dtype,
+        numerics=numerics,
+        max_num_seqs=batch,
+        threads=threads,
+        prefix_caching=False,
+    )
     with tempfile.TemporaryDirectory(prefix="whetstone-numerics-") as logs:
         (engine,) = started(work, rollout, Path(logs))
         with closing(LocalPool([engine], work.config.run.seed)) as pool, PeakMemory(engine.pid) as memory:

@@ -66,6 +66,13 @@ def narrow(checkpoint: Path) -> Iterator[VllmEngine]:
 
 
 @pytest.fixture(scope="module")
+def tied(tiny_llama: Path) -> Iterator[VllmEngine]:
+    """LayerCast of a model whose head is its embedding. (vLLM's process groups end with the first engine of a
+    process that ends, so all of them live as long as the module.)"""
+    yield from opened(tiny_llama, CAST)
+
+
+@pytest.fixture(scope="module")
 def same_kernel(checkpoint: Path) -> Iterator[VllmEngine]:
     """Weights loaded and kept in float32, multiplied by the kernel that LayerCast uses."""
     with float32_storage():
@@ -79,7 +86,7 @@ def float32_storage() -> Iterator[None]:
     """LayerCast whose storage is float32, so that nothing is upcast: through vLLM's public registry."""
     from vllm.model_executor.layers.quantization import register_quantization_config
 
-    class Float32(layercast.LayerCastConfig):  # type: ignore[misc, name-defined]
+    class Float32(layercast.LayerCastConfig):  # type: ignore[name-defined]
         stored = torch.float32
 
     register_quantization_config(layercast.NAME)(Float32)
@@ -152,7 +159,7 @@ def test_weights_are_bfloat16_and_all_else_float32(
     matrices = {name: kind for name, kind in found.items() if name not in norms}
     assert {dtype for dtype, _ in matrices.values()} == {torch.bfloat16}
     assert caches(cast) == {torch.float32} == caches(wide)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     vocabulary, hidden = model.get_input_embeddings().weight.shape
     padding = 2 * (-vocabulary % 64) * hidden  # vLLM pads embedding and head to multiples of 64 rows
     counted = sum(p.numel() for p in model.parameters()) + padding
@@ -162,21 +169,18 @@ def test_weights_are_bfloat16_and_all_else_float32(
     assert held == 2 * (counted - small) + 4 * small
 
 
-def test_a_tied_head_is_one_bfloat16_tensor(tiny_llama: Path) -> None:
-    engine = VllmEngine(spec(tiny_llama, **CAST))
-    shared = engine._llm.collective_rpc(
+def test_a_tied_head_is_one_bfloat16_tensor(tied: VllmEngine, tiny_llama: Path) -> None:
+    shared = tied._llm.collective_rpc(
         lambda worker: (
             worker.model_runner.model.lm_head.weight is worker.model_runner.model.model.embed_tokens.weight
         )
     )[0]
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16).float()
-    scores = engine.score(PROBE)
-    engine.close()
     ids = torch.tensor(PROBE)
     with torch.no_grad():
         expected = model(ids).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
     assert shared
-    assert gap(scores, expected.tolist()) < 1e-5
+    assert gap(tied.score(PROBE), expected.tolist()) < 1e-5
 
 
 def test_an_engine_process_computes_the_same(cast: VllmEngine, checkpoint: Path, tmp_path: Path) -> None:

@@ -22,9 +22,11 @@ KINDS = ["llama", "qwen2", "qwen3"]
 
 
 def rounded(kind: str = "llama", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A tiny model whose weights are bfloat16 numbers, held in `dtype`."""
-    model: Any = tiny_model(kind)
-    return model.to(torch.bfloat16).to(dtype)
+    """A tiny model whose weights are bfloat16 numbers, held in `dtype`; its rotary table stays float32."""
+    model = tiny_model(kind)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16).to(dtype)
+    return model
 
 
 def test_upcasting_loses_nothing_of_any_bfloat16_number() -> None:
@@ -50,9 +52,9 @@ def test_a_product_is_float32s_bit_for_bit(rows: int, inside: int, out: int, bia
     assert torch.equal(layercast_linear(x, weight, offset), expected)
     strided = torch.randn(inside, rows, generator=generator).T
     assert not strided.is_contiguous() or rows == 1
-    expected = F.linear(strided, weight.float(), None if offset is None else offset.float())
-    assert torch.equal(layercast_linear(strided, weight, offset), expected)
-    assert torch.equal(layercast_linear(strided[None], weight, offset)[0], expected)
+    for shaped in (strided, strided[None]):
+        expected = F.linear(shaped, weight.float(), None if offset is None else offset.float())
+        assert torch.equal(layercast_linear(shaped, weight, offset), expected)
 
 
 def test_fused_queries_keys_and_values_are_one_product() -> None:
@@ -215,13 +217,12 @@ def test_a_learner_scores_as_a_float32_one_with_rounded_weights(kind: str) -> No
     assert all(torch.equal(sent[name], p.to(torch.bfloat16)) for name, p in wide.named_parameters())
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_learners_gradients_are_float32s_rounded_once(compiled: bool) -> None:
+def test_a_learners_gradients_are_float32s_rounded_once() -> None:
     rows = random_rows()
     grads = []
     for made in (
         learner(rounded("qwen2"), Precision.float32),
-        learner(rounded("qwen2"), Precision.bfloat16, layercast=True, compile=compiled),
+        learner(rounded("qwen2"), Precision.bfloat16, layercast=True),
     ):
         kept: dict[str, Tensor] = {}
         made._optimize = lambda made=made, kept=kept: (  # type: ignore[method-assign, misc]
