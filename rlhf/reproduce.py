@@ -114,9 +114,29 @@ def reproduce(recipe: str, config: BenchmarkConfig) -> str:
         with closing(FolderLock(folder)):
             for condition in conditions(config.reproducibility):
                 found[condition] = _outcome(condition, config, asked, scorer, folder)
-        text = table(found)
+        text = "\n".join([table(found), *_caution(asked)])
         replace_text(folder / PAGE, f"# {asked.name}, {len(asked.prompts)} problems, greedy\n\n{text}\n")
         return f"{text}\n\n{folder / PAGE}"
+
+
+def _caution(asked: Asked) -> list[str]:
+    """A sentence where the formats do not compute with the same numbers."""
+    folder = asked.answerer.resolved.folder if asked.answerer.resolved else None
+    files = sorted(folder.glob("*.safetensors")) if folder else []
+    kinds = sorted({kind for path in files for kind in _kinds(path)})
+    if kinds in ([], ["BF16"]):
+        return []
+    return [
+        f"The checkpoint holds {', '.join(kinds)}: float32 reads it as it is, the others round it to bfloat16, "
+        "so that their responses differ for that reason too."
+    ]
+
+
+def _kinds(path: Path) -> set[str]:
+    """Number formats of the tensors in a file, from its header."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return {entry["dtype"] for name, entry in header.items() if name != "__metadata__"}
 
 
 def _refuse(config: BenchmarkConfig) -> None:
