@@ -127,8 +127,8 @@ def _caution(asked: Asked) -> list[str]:
     if kinds in ([], ["BF16"]):
         return []
     return [
-        f"The checkpoint holds {', '.join(kinds)}: float32 reads it as it is, the others round it to bfloat16, "
-        "so that their responses differ for that reason too."
+        f"The checkpoint holds {', '.join(kinds)}: float32 reads it as it is, the others round it to "
+        "bfloat16, so that their responses differ for that reason too."
     ]
 
 

@@ -61,7 +61,8 @@ def test_every_format_is_answered_and_nothing_twice(
     rows = [{"problem": f"{n} + 1?", "answer": n + 1} for n in range(3)]
     problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = [
-        "eval", "jsonl", "reproducibility=2", f"data.path={problems}", f"model.path={rounded(tiny_llama, tmp_path)}",
+        "eval", "jsonl", "reproducibility=2", f"data.path={problems}",
+        f"model.path={rounded(tiny_llama, tmp_path)}",
         f"run.dir={tmp_path / 'r'}", "protocol.max_new_tokens=8", "rollout.eager=true",
     ]  # fmt: skip
     assert main(command) == 0
