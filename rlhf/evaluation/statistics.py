@@ -195,9 +195,12 @@ def rerun_interval(X: npt.ArrayLike, confidence: float = 0.95) -> Interval:
 
     See `rerun_ends` for how, and for where it covers.
     """
+    _check_confidence(confidence)
     grades, terms = check_matrix(X), _sampling_variances(X)
-    samples = int((~np.isnan(grades)).sum())
+    if np.isnan(terms).any():
+        return Interval(math.nan, math.nan)
     rate, total = np.array(avg_at_n(grades).mean), np.array(math.fsum(terms))
+    samples = int((~np.isnan(grades)).sum())
     return _interval(rerun_ends(rate, total, len(terms), samples, confidence))
 
 
@@ -206,23 +209,23 @@ def rerun_ends(
 ) -> tuple[Array, Array]:
     r"""Ends of the rerun interval, elementwise over independent evaluations.
 
-    Wilson's, with the effective sample size :math:`N_{eff}=\hat p(1-\hat p)/V` instead of the samples S,
-    where :math:`V=\frac1{N^2}\big(\sum_iv_i+\frac{1}{4\bar n}\big)` holds the estimated variances, and that
-    of one question more with p = 1/2: without it, evaluations in which few questions have both right and
-    wrong samples would be too sure. :math:`N_{eff}\ge S`, for samples of unlike questions vary less than of
-    like ones.
+    Wilson's, with the effective sample size :math:`N_{eff}=\hat p(1-\hat p)/V` instead of the samples S.
+    :math:`V=\frac1{N^2}\big(\sum_iv_i+\frac{1}{8(\bar n-1)}\big)` holds the estimated variances, and half
+    that of one question more whose samples split evenly: without it, evaluations in which few questions have
+    both right and wrong samples would be too sure. :math:`N_{eff}\ge S`, for samples of unlike questions vary
+    less than of like ones.
 
-    Simulated: 95 % hold the truth in 94.1 to 96.4 % of evaluations, for N of 30, 100, 500, n of 2, 4, 32,
-    rates from Beta(.5, .5), Beta(2, 2), Beta(.1, .9) and all 0.2.
+    Simulated: 95 % hold the truth in RERUN % of evaluations, for N of 30, 100, 500, n of 4, 32, rates from
+    Beta(.5, .5), Beta(2, 2), Beta(.1, .9) and all 0.2.
 
     Args:
         rate: avg@n.
-        variances: :math:`\sum_iv_i` of the questions' rates. NaN gives NaN.
+        variances: :math:`\sum_iv_i` of the questions' rates.
         questions: N.
-        samples: S, of all questions together.
+        samples: S, of all questions together, more than one each.
         confidence: of the interval.
     """
-    variance = (variances + questions / (4 * samples)) / questions**2
+    variance = (variances + 1 / (8 * (samples / questions - 1))) / questions**2
     effective = np.maximum(rate * (1 - rate) / variance, samples)
     return _wilson_ends(rate, effective, np.array(normal_quantile(confidence)))
 

@@ -104,7 +104,7 @@ def test_macro_average_adds_errors_in_squares() -> None:
 
 @pytest.mark.parametrize("units", [2, 30, 500])
 def test_degrees_of_freedom_match_the_variance_of_a_variance(units: int) -> None:
-    # Normal values leave G - 1; 0 and 1 in equal numbers, whose spread is known, G (G - 1); one among zeros 2.
+    # Normal values leave G - 1; as many 0 as 1, whose spread is known, G (G - 1); one among zeros about 2.
     assert spread_quantile(0.9, units, 3.0) == pytest.approx(t.ppf(0.95, units - 1), rel=1e-12)
     assert spread_quantile(0.9, units, 1.0) == pytest.approx(t.ppf(0.95, units * (units - 1)), rel=1e-12)
     alone = np.eye(1, units)[0] - 1 / units
@@ -298,7 +298,7 @@ def test_question_interval_by_hand() -> None:
 
 def test_rerun_interval_by_hand() -> None:
     X = matrix([[1, 1, 0, 0], [0, 0, None, 0, 1], [1, 1], [None]])
-    variance = (1 / 12 + 1 / 16 + 1 / 4 / (10 / 3)) / 9
+    variance = (1 / 12 + 1 / 16 + 1 / 8 / (10 / 3 - 1)) / 9
     rate = (1 / 2 + 1 / 4 + 1) / 3
     effective = max(rate * (1 - rate) / variance, 10)
     low, high = rerun_interval(X)
