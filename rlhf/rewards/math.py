@@ -10,7 +10,10 @@ Chosen here, and tested against the library's version 0.9.0:
   spelled out on both sides: `\frac43` and `\sqrt2` are valid.
 - *Strings and numbers first.* Equal formulas are right, numbers that differ are wrong; neither needs SymPy.
 - *Several answers.* A list in the box is compared in any order, element by element where the library, which
-  cannot pair functions, says no. Several boxes are no list.
+  pairs what it has sorted, says no. Several boxes are no list.
+- *Letters are variables.* The library drops a last letter or two as a unit (`2c`, `2ab` and `x^2 + c` become
+  2, 2 and unreadable); here only longer words, `\text{…}` and `cm`, `km`, `kg` and the like are.
+- *What it cannot read* is tried once more without a left side (`m_{\max} = n^2 - 1`) and never as a list.
 - *No time limit of its own.* The library's uses `signal.alarm`, which works on a main thread only, and SymPy
   can spend hours on a tower of powers: this kind always runs in the killable processes of `sandbox.py`.
 """
@@ -83,7 +86,7 @@ def grade(response: Response, gold: str | None, spec: MathSpec) -> Grade:
 def equal(gold: str, answer: str) -> bool | None:
     """Whether two formulas, without box and dollars, are equal by the library; None when it cannot read
     `answer`. May run for hours."""
-    parsed = _parse_box(answer, lenient=False)
+    parsed = _read(answer, lenient=False)
     return _verify(_parse_gold(gold), parsed) or same_list(gold, answer) if parsed else None
 
 
@@ -99,7 +102,7 @@ def prepare(response: Response, gold: str | None, spec: MathSpec) -> Grade | Res
         if spec.extract is Extract.boxed or not text.strip():
             return failed(KIND.label, Status.no_answer)
         return Response(text=closed + text[-spec.max_chars :])
-    answer = _DOLLAR.sub("", box).strip()
+    answer = bare(box)
     if not answer or len(answer) > spec.max_chars:
         return failed(KIND.label, Status.no_answer)
     same = _settled(answer, target)
@@ -111,6 +114,7 @@ def prepare(response: Response, gold: str | None, spec: MathSpec) -> Grade | Res
 _NUMBER = re.compile(
     r"(-?)(?:\\[dt]?frac\{(\d{1,9})\}\{(\d{1,9})\}|(\d{1,9})/(\d{1,9})|(\d{1,15}(?:\.\d{1,15})?))"
 )
+_BASED = re.compile(r"(\d[\dA-Za-z]*)_\{?(\d+)\}?")
 _SPACING = re.compile(r"\s+|\\[,;:! ]|\\(?:left|right)(?![A-Za-z])")
 _FAR_APART = Fraction(1, 1000)
 
@@ -119,11 +123,15 @@ def _settled(answer: str, target: str) -> bool | None:
     """Whether two formulas are equal where that needs no SymPy; None where it does.
 
     Equal up to spacing is right. Of two plain numbers, equal ones are right, those more than a thousandth
-    apart wrong; closer ones are left to the library, which compares floats to six decimals.
+    apart wrong; closer ones are left to the library, which compares floats to six decimals. Two numbers with
+    a base (`52_8`) are compared here, as the library drops it; one side may leave it out.
     """
     answer, target = _plain(answer), _plain(target)
     if answer == target:
         return True
+    based, gold_based = _BASED.fullmatch(answer), _BASED.fullmatch(target)
+    if based and gold_based:
+        return based.groups() == gold_based.groups()
     whole, gold_whole = integer(answer), integer(target)
     if whole is not None and gold_whole is not None:
         return whole == gold_whole
@@ -167,14 +175,14 @@ def spelled_out(latex: str) -> str:
     return _ROOT.sub(r"\1{\2}", _FRACTION.sub(fraction, latex))
 
 
-_DOLLAR = re.compile(r"(?<!\\)\$")
-"""A dollar that opens or closes mathematics: it means nothing in a box, and the library would stop at it."""
+_STRAY = re.compile(r"(?<!\\)\$|(?<=\d)\.(?![\d.])|(?<![.t])\.\s*$")
+r"""Dollars around mathematics and the points of `1./3.`, at which the library stops; not that of `\right.`"""
 
 
-def bare(gold: str) -> str:
-    """A gold answer without its box and dollars."""
-    box = last_box(gold)
-    return _DOLLAR.sub("", gold if box is None else box).strip()
+def bare(answer: str) -> str:
+    """An answer, gold or not, without its box, dollars and stray points."""
+    box = last_box(answer)
+    return _STRAY.sub("", answer if box is None else box).strip()
 
 
 _BREAKS = re.compile(
@@ -198,7 +206,8 @@ def listed(latex: str) -> list[str]:
 def same_list(gold: str, answer: str) -> bool:
     """Whether two lists of answers hold equal ones in any order, each as often; False where `gold` is none.
 
-    The library compares lists of numbers, but not of functions, and it pairs what it has sorted.
+    The library pairs elements that it has sorted as they are written: `(x+1)^2, x^2-1` is to it another list
+    than `x^2+2x+1, (x-1)(x+1)`.
     """
     golds, answers = listed(gold), listed(answer)
     if integer(gold) is not None or len(golds) < 2 or len(golds) != len(answers):
@@ -245,7 +254,19 @@ def _latex_config(lenient: bool) -> Any:
 @lru_cache(maxsize=4096)
 def _parse_gold(gold: str) -> list[Any]:
     """Parsed once for all responses of a group."""
-    return _parse_box(gold, lenient=True)
+    return _read(gold, lenient=True)
+
+
+def _read(latex: str, *, lenient: bool) -> list[Any]:
+    """`_parse_box`, or the right side where the library cannot read a single equation."""
+    parsed = _parse_box(latex, lenient=lenient)
+    if "=" in latex and all(isinstance(found, str) for found in parsed) and len(listed(latex)) == 1:
+        parsed = parsed + _parse_box(latex.rpartition("=")[2], lenient=lenient)
+    return parsed
+
+
+_VARIABLES = re.compile(r"(?<=[\d}\s])((?:[cdghlmost]|ab|am|bc|by|cc|lt|mp|mt|pm|rd|rs|st|th)s?)(?=\s*$)")
+"""What the library takes for a unit at the end of a formula, and what may as well be one or two variables."""
 
 
 def _parse_box(content: str, *, lenient: bool) -> list[Any]:
@@ -253,7 +274,7 @@ def _parse_box(content: str, *, lenient: bool) -> list[Any]:
 
     A percentage goes outside the formula, where the library sees it.
     """
-    content = spelled_out(content)
+    content = _VARIABLES.sub(r"{\1}", spelled_out(content))
     number = re.fullmatch(r"(.*[^\\\s])\s*\\?%", content.strip(), re.DOTALL)
     text = f"${number[1]}$%" if number else rf"\boxed{{{content}}}"
     return _library().parse(text, (_latex_config(lenient),), parsing_timeout=None)

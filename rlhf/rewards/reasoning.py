@@ -13,7 +13,7 @@ class Reasoning(StrEnum):
 
     keep = "keep"
     """Reads it like the rest, as DAPO's and Hendrycks' graders do: an answer in cut-off reasoning counts."""
-    strip = "strip"
+    drop = "drop"
     """Leaves it out. Reasoning that was opened in the response and never closed holds no answer; a response
     without either tag is read whole (so is one whose `<think>` stood in the prompt: take `require` there)."""
     require = "require"

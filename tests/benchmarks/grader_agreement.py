@@ -21,6 +21,7 @@ import re
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ from rlhf.rewards.sandbox import Job, WorkerPool
 from rollout.types import FinishReason, Group, Prompt, Trajectory
 
 DATA = Path(os.environ.get("WHETSTONE_DATA", Path(__file__).parents[3] / "shared" / "data"))
-OTHERS = ("prm800k", "hendrycks", "minerva")
+OTHERS = ("prm800k", "hendrycks", "minerva", "library")
+RIGHT = ("reference solution", "integer respelled", "formula respelled", "fraction as a decimal")
+"""Kinds of cases that are right; the others are wrong."""
 GSM8K_LINE = {"rule": "answer_line", "marker": "####"}
 
 
@@ -114,11 +117,11 @@ def report(
 def themselves() -> None:
     """Part 1: every gold and every reference solution."""
     print("| set, what is graded, grader | right | rate |\n|---|---|---|")
-    solutions = [
+    solutions: list[tuple[str, str, str, dict[str, Any]]] = [
         ("math500", "solution", "math_verify", {}),
         ("gsm8k_test", "solution", "exact_integer", GSM8K_LINE),
+        ("gsm8k_test", "solution", "exact_integer", {"rule": "last_number"}),
     ]
-    solutions += [("gsm8k_test", "solution", "exact_integer", {"rule": "last_number"})]
     golds: list[tuple[str, str, str, dict[str, Any]]] = [
         (f"aime{year}", "boxed gold", kind, args)
         for year in (24, 25, 26)
@@ -149,7 +152,7 @@ def several() -> None:
     """OlympiadBench's rows of several answers: in another order they are right, without one of them wrong."""
     rows = [row for row in load("olympiadbench") if row["level"].endswith("multiple")]
     lists = [math_kind.listed(math_kind.bare(row["answer"])) for row in rows]
-    kept = [(row, parts) for row, parts in zip(rows, lists) if len(set(parts)) > 1]
+    kept = [(row, parts) for row, parts in zip(rows, lists) if len(set(parts)) == len(parts) > 1]
     names = [row["id"] for row, _ in kept]
     turned = [(row["answer"], boxed(", ".join(reversed(parts)))) for row, parts in kept]
     found = graded("math_verify", {}, turned)
@@ -168,28 +171,46 @@ def cases() -> Iterator[Case]:
         name, gold = row["id"], row["answer"]
         yield Case(name, "reference solution", gold, row["solution"], True)
         made = {
-            "respelled": respelled(gold),
+            "integer respelled": integer_respelled(gold),
+            "formula respelled": formula_respelled(gold),
+            "fraction as a decimal": as_decimal(gold),
             "digit changed": digit_changed(gold, random.Random(index)),
             "sign flipped": sign_flipped(gold),
             "pair swapped": pair_swapped(gold),
             "another problem's answer": next(
                 other["answer"]
                 for other in rows[index + 1 :] + rows
-                if math_kind.bare(other["answer"]) != math_kind.bare(gold)
+                if math_kind.bare(other["answer"].split("=")[-1]) != math_kind.bare(gold.split("=")[-1])
             ),
         }
         for kind, answer in made.items():
             if answer is not None:
-                yield Case(name, kind, gold, boxed(answer), kind == "respelled")
+                yield Case(name, kind, gold, boxed(answer), kind in RIGHT)
 
 
-def respelled(answer: str) -> str | None:
-    """The same answer as other models write it; None when nothing about it can be changed."""
-    if re.fullmatch(r"-?\d+", answer):
-        return f"{int(answer):,}" if len(answer) > 3 else f"{answer}.0"
-    other = re.sub(r"\\frac\{(\d+)\}\{(\d+)\}", r"\1/\2", answer) if answer.startswith("\\frac") else answer
-    other = re.sub(r"\\left|\\right", "", other).replace(r"\frac", r"\dfrac").replace(", ", ",")
+def integer_respelled(answer: str) -> str | None:
+    """`1234` as `1,234`, `5` as `5.0`; None for what is no integer."""
+    if not re.fullmatch(r"-?\d+", answer):
+        return None
+    return f"{int(answer):,}" if len(answer) > 3 else f"{answer}.0"
+
+
+def formula_respelled(answer: str) -> str | None:
+    r"""`\frac` as `/` or `\dfrac`, no growing brackets, other blanks; None when that changes nothing."""
+    whole = re.fullmatch(r"(-?)\\frac\{(\d+)\}\{(\d+)\}", answer)
+    if whole:
+        return f"{whole[1]}{whole[2]}/{whole[3]}"
+    other = re.sub(r"\\left|\\right", "", answer).replace(r"\frac", r"\dfrac").replace(", ", ",")
     return other if other != answer else None
+
+
+def as_decimal(answer: str) -> str | None:
+    r"""`\frac{3}{4}` as `0.75`; None for what is no fraction or has no short decimal form."""
+    whole = re.fullmatch(r"(-?)\\frac\{(\d+)\}\{(\d+)\}", answer)
+    if whole is None:
+        return None
+    value = f"{int(whole[2]) / int(whole[3]):.6g}"
+    return whole[1] + value if Fraction(value) == Fraction(int(whole[2]), int(whole[3])) else None
 
 
 def digit_changed(answer: str, rng: random.Random) -> str | None:
@@ -244,21 +265,26 @@ def agreement(python: str) -> None:
         chosen = [index for index, case in enumerate(made) if case.kind == kind]
         cells = [str(sum(verdicts[index][name] == made[index].right for index in chosen)) for name in names]
         print(f"| {kind} | {len(chosen)} | " + " | ".join(cells) + " |")
-    print("\nagreement with ours\n\n| answers | cases | " + " | ".join(OTHERS) + " |\n|---|---|---|---|---|")
+    print("\nagreement with ours\n\n| answers | cases | " + " | ".join(OTHERS) + " |")
+    print("|---|---|" + "---|" * len(OTHERS))
     for kind in [*kinds, "all"]:
         chosen = [index for index, case in enumerate(made) if kind in (case.kind, "all")]
         same = [
             sum(verdicts[i][name] == verdicts[i]["ours"] for i in chosen) / len(chosen) for name in OTHERS
         ]
         print(f"| {kind} | {len(chosen)} | " + " | ".join(f"{100 * rate:.2f} %" for rate in same) + " |")
+    strings = 0
     print("\nevery case that somebody judges differently from us, or that we get wrong")
     for case, said in zip(made, verdicts):
-        if len(set(said.values())) > 1 or said["ours"] != case.right:
+        if case.right and said == dict.fromkeys(names, True) | {"hendrycks": False}:
+            strings += 1
+        elif len(set(said.values())) > 1 or said["ours"] != case.right:
             answer = last_box(case.response) or ""
             said_so = " ".join(f"{name}={int(verdict)}" for name, verdict in said.items())
             print(
                 f"{case.kind} [{int(case.right)}] {said_so}  gold {case.gold!r} answer {answer!r} ({case.id})"
             )
+    print(f"and {strings} right answers that hendrycks alone refuses, because it compares strings")
 
 
 def main() -> None:

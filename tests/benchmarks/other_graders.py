@@ -5,11 +5,12 @@ It runs under a Python of its own, because these packages want another ANTLR run
     python3 -m venv /tmp/grader-venv
     /tmp/grader-venv/bin/pip install --no-deps lm-eval==0.4.13 mathruler==0.1.0 math-verify==0.9.0 \
         latex2sympy2_extended==1.11.0 antlr4-python3-runtime==4.11.0 sympy==1.14.0 mpmath==1.3.0 \
-        pylatexenc==2.10 tqdm==4.67.1
+        pylatexenc==2.11 tqdm==4.67.1
 
 Standard input: JSON lines `{"gold": …, "response": …}`. Standard output: a JSON line each, grader -> verdict.
-None of these uses math-verify's parser or comparison (lm-eval's module imports it for a metric that is not
-asked for here).
+`prm800k`, `hendrycks` and `minerva` use neither math-verify's parser nor its comparison (lm-eval's module
+imports it for a metric that is not asked for here). `library` is math-verify called plainly, to show what our
+use of it changes.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def harness(task: str) -> ModuleType:
 
 def graders() -> dict[str, Callable[[str, str], bool]]:
     """Name -> verdict on a gold and a response, each with the box extraction of its own package."""
+    import math_verify
     from mathruler import grader as prm800k
 
     hendrycks, minerva = harness("aime"), harness("minerva_math")
@@ -59,6 +61,11 @@ def graders() -> dict[str, Callable[[str, str], bool]]:
         "prm800k": lambda gold, response: prm800k.grade_answer(prm800k.extract_boxed_content(response), gold),
         "hendrycks": lambda gold, response: hendrycks.is_equiv(content(hendrycks, response), gold),
         "minerva": by_minerva,
+        "library": lambda gold, response: math_verify.verify(
+            math_verify.parse(f"${gold}$", parsing_timeout=None),
+            math_verify.parse(response, parsing_timeout=None),
+            timeout_seconds=None,
+        ),
     }
 
 

@@ -143,7 +143,7 @@ def test_reasoning(text: str, parts: list[str | None]) -> None:
 def test_reasoning_in_every_grader() -> None:
     """The same three outcomes for each kind that has the option."""
     texts = (r"<think>\boxed{540}</think> Hm.", r"<think>\boxed{540}", r"\boxed{540}")
-    right = {"keep": [1, 1, 1], "strip": [0, 0, 1], "require": [0, 0, 0]}
+    right = {"keep": [1, 1, 1], "drop": [0, 0, 1], "require": [0, 0, 0]}
     for kind, args in (("aime", {}), ("exact_integer", {"rule": "boxed"}), ("math_verify", {})):
         for rule, expected in right.items():
             spec = build_spec(find_kind(kind), {**args, "reasoning": rule})

@@ -133,8 +133,8 @@ def test_routing_by_source() -> None:
     assert [member.accuracy for member in contest.trajectories] == [0.0, 1.0]
     assert report.statuses["form"]["ok"] == 4
     assert str(caught.value) == (
-        "no reward part grades data source 'gsm8k': add a part of kind exact_integer, math_verify, "
-        "dapo_math or function for it."
+        "no reward part grades data source 'gsm8k': add a part of kind exact_integer, aime, "
+        "math_verify, dapo_math or function for it."
     )
 
 
