@@ -138,7 +138,7 @@ def server(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 280
     while time.monotonic() < deadline:
         assert process.poll() is None, log.read_text()[-2000:]
         try:
