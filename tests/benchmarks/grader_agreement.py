@@ -123,9 +123,7 @@ def themselves() -> None:
         ("gsm8k_test", "solution", "exact_integer", {"rule": "last_number"}),
     ]
     golds: list[tuple[str, str, str, dict[str, Any]]] = [
-        (f"aime{year}", "boxed gold", kind, args)
-        for year in (24, 25, 26)
-        for kind, args in (("aime", {}), ("math_verify", {}))
+        (f"aime{year}", "boxed gold", kind, {}) for year in (24, 25, 26) for kind in ("aime", "math_verify")
     ]
     golds += [("amc23", "boxed gold", "exact_integer", {"rule": "boxed"})]
     golds += [(name, "boxed gold", "math_verify", {}) for name in ("amc23", "olympiadbench", "minerva_math")]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+from pathlib import Path
 
 import pytest
 
@@ -151,6 +153,25 @@ def test_own_marker() -> None:
     spec = build_spec(find_kind("exact_integer"), {"rule": "answer_line", "marker": "####"})
     assert grade(Response(text="so\n#### 1,072"), "1072", spec).accuracy == 1
     assert grade(Response(text="Answer: 1072"), "1072", spec).status is Status.no_answer
+
+
+@pytest.mark.parametrize("args", [{"rule": "answer_line", "marker": "####"}, {"rule": "last_number"}])
+def test_gsm8k_solutions_are_right(data_dir: Path, args: dict[str, str]) -> None:
+    """All of GSM8K's test set: no kind of its own is needed for it."""
+    spec = build_spec(find_kind("exact_integer"), args)
+    with open(data_dir / "gsm8k_test.jsonl") as lines:
+        rows = [json.loads(line) for line in lines]
+    assert len(rows) == 1319
+    assert [
+        row["id"] for row in rows if not grade(Response(text=row["solution"]), row["answer"], spec).accuracy
+    ] == []
+
+
+@pytest.mark.parametrize("answer", ["1250", "1,250", "$1,250", "1250.00", "$1,250.00.", "**1250**", " 1250 "])
+def test_gsm8k_answers(answer: str) -> None:
+    spec = build_spec(find_kind("exact_integer"), {"rule": "answer_line", "marker": "####"})
+    assert grade(Response(text=f"So it is.\n#### {answer}"), "1250", spec).accuracy == 1
+    assert grade(Response(text=f"So it is.\n#### {answer}"), "125", spec).accuracy == 0
 
 
 def test_only_the_tail_counts() -> None:

@@ -351,3 +351,15 @@ def test_several_answers_in_any_order(data_dir: Path) -> None:
             turned, short = (rf"\boxed{{{', '.join(some)}}}" for some in (parts[::-1], parts[:-1]))
             assert grade(Response(text=turned), row["answer"], MathSpec()).accuracy == 1, row["answer"]
             assert grade(Response(text=short), row["answer"], MathSpec()).accuracy == 0, row["answer"]
+
+
+def test_reference_solutions_are_right(data_dir: Path) -> None:
+    """All of MATH-500: the box that a solution ends with is its answer."""
+    with open(data_dir / "math500.jsonl") as lines:
+        rows = [json.loads(line) for line in lines]
+    assert len(rows) == 500
+    assert [
+        row["id"]
+        for row in rows
+        if not grade(Response(text=row["solution"]), row["answer"], MathSpec()).accuracy
+    ] == []
