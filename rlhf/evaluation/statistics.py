@@ -215,7 +215,7 @@ def rerun_ends(
     both right and wrong samples would be too sure. :math:`N_{eff}\ge S`, for samples of unlike questions vary
     less than of like ones.
 
-    Simulated: 95 % hold the truth in RERUN % of evaluations, for N of 30, 100, 500, n of 4, 32, rates from
+    Simulated: 95 % hold the truth in 94.3 to 96.2 % of evaluations, for N of 30, 100, 500, n of 4, 32, rates from
     Beta(.5, .5), Beta(2, 2), Beta(.1, .9) and all 0.2.
 
     Args:
@@ -282,12 +282,19 @@ def question_interval(
     rate, se = math.fsum(kept) / len(kept), question_se(kept, groups)
     spread = kept - rate if groups is None else cluster_sums(kept - rate, groups)
     coins = len(spread) == len(kept) and bool(((kept == 0) | (kept == 1)).all())
-    moments = np.array(rate), np.array(se), np.array(kurtosis_of(spread)), np.array(coins)
-    return _interval(question_ends(*moments, len(spread), confidence))
+    ends = question_ends(
+        np.array(rate), np.array(se), np.array(kurtosis_of(spread)), np.array(coins), len(spread), confidence
+    )
+    return _interval(ends)
 
 
 def question_ends(
-    rate: Array, se: Array, kurtosis: Array, coins: Array, units: int, confidence: float = 0.95
+    rate: Array,
+    se: Array,
+    kurtosis: Array,
+    coins: npt.NDArray[np.bool_],
+    units: int,
+    confidence: float = 0.95,
 ) -> tuple[Array, Array]:
     r"""Ends of the question interval, elementwise over independent evaluations.
 
@@ -296,8 +303,10 @@ def question_ends(
     all 0 or 1 (one sample a question) have no spread of their own: plain Wilson of N questions. Neither have
     values that agree: every unit then counts as one such question, for the next one may be otherwise.
 
-    Simulated, 2 to 32 samples a question: 95 % hold the truth in 94.6 to 95.9 % of evaluations, for N of 30,
-    100, 500, rates from Beta(.5, .5), Beta(2, 2), Beta(.1, .9) and all 0.2.
+    Simulated: 95 % hold the truth in 94.6 to 95.9 % of evaluations, for N of 30, 100, 500, n of 4, 32, rates
+    from Beta(.5, .5), Beta(2, 2), Beta(.1, .9) and all 0.2. With n of 1 or 2 and few right answers more than
+    95 %, up to 98. Less, down to 86 %, where nearly all questions are hopeless and few of them solvable (a
+    mean of 5 % and below on 30 questions, 10 % on 10): what was not drawn leaves no trace.
 
     Args:
         rate: mean of the values.
@@ -321,7 +330,7 @@ def cluster_sums(values: Array, clusters: Sequence[Hashable]) -> Array:
     """`[G]` sums of `values` `[N]` over each cluster, in order of first appearance."""
     numbers: dict[Hashable, int] = {}
     index = [numbers.setdefault(name, len(numbers)) for name in clusters]
-    return np.bincount(index, weights=values, minlength=len(numbers))
+    return np.bincount(index, weights=values, minlength=len(numbers)).astype(np.float64)
 
 
 def _kept(values: npt.ArrayLike, clusters: Sequence[Hashable] | None) -> tuple[Array, list[Hashable] | None]:

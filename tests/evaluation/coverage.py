@@ -76,7 +76,7 @@ def question_intervals(histogram: Array) -> tuple[Array, Array]:
     agree = second < 1e-12
     kurtosis = np.where(agree, 1.0, questions * fourth / np.where(agree, 1.0, second) ** 2)
     se = np.where(agree, 0.0, np.sqrt(second / (questions * (questions - 1))))
-    coins = ~histogram[:, 1:-1].any(axis=1)
+    coins = histogram[:, 1:-1].sum(axis=1) == 0
     return question_ends(rate, se, kurtosis, coins, questions)
 
 

@@ -133,7 +133,7 @@ def test_rerun_se_of_samples_that_agree_is_zero() -> None:
 
 def test_one_sample_tells_nothing_of_a_rerun() -> None:
     assert math.isnan(rerun_se([[1], [0], [1]]))
-    assert math.isnan(rerun_se([[1, NAN], [0, 1], [1, 1]]))
+    assert math.isnan(rerun_se([[1.0, NAN], [0.0, 1.0], [1.0, 1.0]]))
     assert all(map(math.isnan, rerun_interval([[1], [0], [1]])))
 
 
