@@ -215,8 +215,8 @@ def rerun_ends(
     both right and wrong samples would be too sure. :math:`N_{eff}\ge S`, for samples of unlike questions vary
     less than of like ones.
 
-    Simulated: 95 % hold the truth in 94.3 to 96.2 % of evaluations, for N of 30, 100, 500, n of 4, 32, rates from
-    Beta(.5, .5), Beta(2, 2), Beta(.1, .9) and all 0.2.
+    Simulated: 95 % hold the truth in 94.3 to 96.2 % of evaluations, for N of 30, 100, 500, n of 4, 32, rates
+    from Beta(.5, .5), Beta(2, 2), Beta(.1, .9) and all 0.2.
 
     Args:
         rate: avg@n.

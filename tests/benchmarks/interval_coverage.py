@@ -111,7 +111,7 @@ def lighteval(values: Array) -> Ends:
 
 
 def beta_bernoulli(histogram: Array) -> Ends:
-    """Credible interval of the mean under p ~ Beta, its mean and the root of 1 / (1 + a + b) flat, on a grid."""
+    """Credible interval under p ~ Beta(a, b), its mean and the root of 1 / (1 + a + b) flat, on a grid."""
     samples = histogram.shape[1] - 1
     means, spreads = (np.arange(400) + 0.5) / 400, ((np.arange(15) + 0.5) / 15) ** 2
     a, b = np.outer(means, 1 / spreads - 1), np.outer(1 - means, 1 / spreads - 1)
