@@ -17,15 +17,17 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import stdtrit
 
 from rlhf.evaluation.estimators import Array, avg_at_n, check_matrix
 
+FEWEST_TO_TELL = 3
+"""Questions (or clusters) with a right answer, and with a wrong one, from which on the spread is trusted."""
 _CHUNK = 1 << 22
 """Questions drawn at once by the bootstrap: 32 MiB of indices."""
 
@@ -158,6 +160,8 @@ def spread_quantile(confidence: float, units: npt.ArrayLike, kurtosis: npt.Array
     variance (Satterthwaite 1946): G - 1 for normal values (:math:`\kappa=3`), fewer when the spread rests on
     a few units, more when these are near 0 and 1 alike.
     """
+    from scipy.special import stdtrit  # half a second, which training without an evaluation need not wait
+
     _check_confidence(confidence)
     units = np.asarray(units, dtype=np.float64)
     freedom = 2 * units / (np.asarray(kurtosis) - (units - 3) / (units - 1))
@@ -215,8 +219,8 @@ def rerun_ends(
     both right and wrong samples would be too sure. :math:`N_{eff}\ge S`, for samples of unlike questions vary
     less than of like ones.
 
-    Simulated: 95 % hold the truth in RERUN % of evaluations, for N of 30, 100, 500, n of 4, 32, rates from
-    Beta(.5, .5), Beta(2, 2), Beta(.1, .9) and all 0.2.
+    Simulated: 95 % hold the truth in 94.3 to 96.2 % of evaluations, for N of 30, 100, 500, n of 4, 32, rates
+    from Beta(.5, .5), Beta(2, 2), Beta(.1, .9) and all 0.2.
 
     Args:
         rate: avg@n.
@@ -281,33 +285,44 @@ def question_interval(
         raise ValueError(f"Values need to be in [0, 1], got {kept.min():g} to {kept.max():g}.")
     rate, se = math.fsum(kept) / len(kept), question_se(kept, groups)
     spread = kept - rate if groups is None else cluster_sums(kept - rate, groups)
-    coins = len(spread) == len(kept) and bool(((kept == 0) | (kept == 1)).all())
-    moments = np.array(rate), np.array(se), np.array(kurtosis_of(spread)), np.array(coins)
-    return _interval(question_ends(*moments, len(spread), confidence))
+    plain = len(spread) == len(kept) and bool(((kept == 0) | (kept == 1)).all())
+    for odd in (kept > 0, kept < 1):
+        plain |= len(odd.nonzero()[0] if groups is None else set(compress(groups, odd))) < FEWEST_TO_TELL
+    ends = question_ends(
+        np.array(rate), np.array(se), np.array(kurtosis_of(spread)), np.array(plain), len(spread), confidence
+    )
+    return _interval(ends)
 
 
 def question_ends(
-    rate: Array, se: Array, kurtosis: Array, coins: Array, units: int, confidence: float = 0.95
+    rate: Array,
+    se: Array,
+    kurtosis: Array,
+    plain: npt.NDArray[np.bool_],
+    units: int,
+    confidence: float = 0.95,
 ) -> tuple[Array, Array]:
     r"""Ends of the question interval, elementwise over independent evaluations.
 
     Wilson's, with the effective sample size :math:`N_{eff}=\hat p(1-\hat p)/SE^2` instead of n, as for
-    clustered surveys (Franco et al. 2019), and Student's t instead of z (`spread_quantile`). Values that are
-    all 0 or 1 (one sample a question) have no spread of their own: plain Wilson of N questions. Neither have
-    values that agree: every unit then counts as one such question, for the next one may be otherwise.
+    clustered surveys (Franco et al. 2019), and Student's t instead of z (`spread_quantile`). Plain Wilson of
+    as many trials as units, whatever n, where there is no spread to go by: all values 0 or 1, or all alike,
+    or fewer than `FEWEST_TO_TELL` units unlike all the others, for what was not drawn leaves no trace.
 
-    Simulated, 2 to 32 samples a question: 95 % hold the truth in 94.6 to 95.9 % of evaluations, for N of 30,
-    100, 500, rates from Beta(.5, .5), Beta(2, 2), Beta(.1, .9) and all 0.2.
+    Simulated: 95 % hold the truth in 94.6 to 96.2 % of evaluations, for N of 30, 100, 500, n of 4, 32, rates
+    from Beta(.5, .5), Beta(2, 2), Beta(.1, .9) and all 0.2. Where few questions or samples are right (n of
+    1 or 2, mean rates of 5 % and less) mostly in more, up to 98; with 10 questions in 91 to 99.
 
     Args:
         rate: mean of the values.
         se: its standard error, clustered or not.
         kurtosis: of the values, or of the clusters' sums.
-        coins: whether the values are all 0 or 1, each in a cluster of its own.
+        plain: whether to take every unit for one trial: values all 0 or 1, each in a cluster of its own, or
+            fewer than `FEWEST_TO_TELL` units with a value above 0, or with one below 1.
         units: N questions or G clusters.
         confidence: of the interval.
     """
-    plain = coins | ~(se > 0)
+    plain = plain | ~(se > 0)
     effective = rate * (1 - rate) / np.where(plain, 1.0, se) ** 2
     quantile = spread_quantile(confidence, max(units, 2), kurtosis)
     return _wilson_ends(
@@ -321,7 +336,7 @@ def cluster_sums(values: Array, clusters: Sequence[Hashable]) -> Array:
     """`[G]` sums of `values` `[N]` over each cluster, in order of first appearance."""
     numbers: dict[Hashable, int] = {}
     index = [numbers.setdefault(name, len(numbers)) for name in clusters]
-    return np.bincount(index, weights=values, minlength=len(numbers))
+    return np.bincount(index, weights=values, minlength=len(numbers)).astype(np.float64)
 
 
 def _kept(values: npt.ArrayLike, clusters: Sequence[Hashable] | None) -> tuple[Array, list[Hashable] | None]:

@@ -111,17 +111,18 @@ def lighteval(values: Array) -> Ends:
 
 
 def beta_bernoulli(histogram: Array) -> Ends:
-    """Credible interval of the mean under p ~ Beta with a flat prior on its mean and on 1 / (1 + a + b)."""
+    """Credible interval under p ~ Beta(a, b), its mean and the root of 1 / (1 + a + b) flat, on a grid."""
     samples = histogram.shape[1] - 1
-    means, spreads = (np.arange(200) + 0.5) / 200, (np.arange(25) + 0.5) / 25
+    means, spreads = (np.arange(400) + 0.5) / 400, ((np.arange(15) + 0.5) / 15) ** 2
     a, b = np.outer(means, 1 / spreads - 1), np.outer(1 - means, 1 / spreads - 1)
     right = np.arange(samples + 1)[:, None, None]
     logs = betaln(right + a, samples - right + b) - betaln(a, b)
     likelihood = histogram @ logs.reshape(samples + 1, -1)
-    posterior = np.exp(likelihood - likelihood.max(axis=1, keepdims=True)).reshape(-1, 200, 25).sum(axis=2)
-    chances = np.cumsum(posterior, axis=1) / posterior.sum(axis=1, keepdims=True)
-    low, high = (1 + (chances < 0.025).sum(axis=1)) / 200, (1 + (chances < 0.975).sum(axis=1)) / 200
-    return low - 1 / 200, high
+    posterior = np.exp(likelihood - likelihood.max(axis=1, keepdims=True)).reshape(-1, 400, 15).sum(axis=2)
+    chances = np.cumsum(np.pad(posterior, ((0, 0), (1, 0))), axis=1) / posterior.sum(axis=1, keepdims=True)
+    edges = np.arange(401) / 400
+    ends = np.array([np.interp([0.025, 0.975], row, edges) for row in chances])
+    return ends[:, 0], ends[:, 1]
 
 
 # ---------------------------------------------------------------- tables

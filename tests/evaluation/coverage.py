@@ -9,7 +9,7 @@ from numpy.random import Generator
 from scipy.stats import betabinom, binom
 
 from rlhf.evaluation.estimators import Array
-from rlhf.evaluation.statistics import question_ends, rerun_ends, spread_quantile
+from rlhf.evaluation.statistics import FEWEST_TO_TELL, question_ends, rerun_ends, spread_quantile
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,9 @@ def question_intervals(histogram: Array) -> tuple[Array, Array]:
     agree = second < 1e-12
     kurtosis = np.where(agree, 1.0, questions * fourth / np.where(agree, 1.0, second) ** 2)
     se = np.where(agree, 0.0, np.sqrt(second / (questions * (questions - 1))))
-    coins = ~histogram[:, 1:-1].any(axis=1)
-    return question_ends(rate, se, kurtosis, coins, questions)
+    plain = histogram[:, 1:-1].sum(axis=1) == 0
+    plain |= questions - np.maximum(histogram[:, 0], histogram[:, -1]) < FEWEST_TO_TELL
+    return question_ends(rate, se, kurtosis, plain, questions)
 
 
 def rerun_intervals(values: Array, samples: int) -> tuple[Array, Array]:

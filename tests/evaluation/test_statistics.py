@@ -133,7 +133,7 @@ def test_rerun_se_of_samples_that_agree_is_zero() -> None:
 
 def test_one_sample_tells_nothing_of_a_rerun() -> None:
     assert math.isnan(rerun_se([[1], [0], [1]]))
-    assert math.isnan(rerun_se([[1, NAN], [0, 1], [1, 1]]))
+    assert math.isnan(rerun_se([[1.0, NAN], [0.0, 1.0], [1.0, 1.0]]))
     assert all(map(math.isnan, rerun_interval([[1], [0], [1]])))
 
 
@@ -279,6 +279,21 @@ def test_all_alike_is_as_one_sample(right: int, samples: int) -> None:
     assert question_interval(avg_at_n(X).per_question) == wilson(30 * right, 30)
     if samples > 1:
         assert rerun_interval(X) == wilson(30 * right * samples, 30 * samples)
+
+
+@pytest.mark.parametrize("clusters", [None, range(30)])
+def test_one_or_two_questions_do_not_speak_for_the_others(clusters: range | None) -> None:
+    """A model that hits two of thirty questions once each is as good as unknown, as one that hits none."""
+    values = np.zeros(30)
+    values[:2] = 1 / 32
+    for few in (values, values * [1, *[0] * 29]):
+        assert question_interval(few, clusters) == wilson(few.sum(), 30)
+        assert question_interval(1 - few, clusters) == pytest.approx(wilson(30 - few.sum(), 30), abs=1e-12)
+    values[2] = 1 / 32
+    assert question_interval(values, clusters).high < 0.03 < wilson(values.sum(), 30).high
+    # Three questions of one cluster are one thing that was drawn.
+    together = [0, 0, 0, *range(1, 28)]
+    assert question_interval(values, together).high == pytest.approx(wilson(values.mean() * 28, 28).high)
 
 
 def test_question_interval_by_hand() -> None:
