@@ -91,7 +91,7 @@ def main() -> None:
     )
     parser.add_argument("--model", required=True, help="folder in Hugging Face format, or run@step")
     parser.add_argument("--prompts", type=int, default=30)
-    parser.add_argument("--out", type=Path, help="JSON file for all that was measured")
+    parser.add_argument("--out", type=Path, help="file that gets a line of JSON for each configuration")
     parser.add_argument("rest", nargs="*", metavar="RECIPE or key=value")
     arguments = parser.parse_args()
     recipe = next((word for word in arguments.rest if "=" not in word), "dapo/arithmetic")
@@ -99,9 +99,12 @@ def main() -> None:
     config = load(recipe, [f"model.path={arguments.model}", "rollout.process=child", *overrides])
     with Scorer(config.reward) as scorer:
         work = prepare(config, scorer, arguments.prompts)
-        found = [measure(work, *each) for each in itertools.product(ARMS, BATCHES, THREADS)]
-    if arguments.out:
-        arguments.out.write_text(json.dumps([asdict(one) for one in found]))
+        found = []
+        for each in itertools.product(ARMS, BATCHES, THREADS):
+            found.append(measure(work, *each))
+            if arguments.out:
+                with arguments.out.open("a") as file:
+                    file.write(json.dumps(asdict(found[-1])) + "\n")
     print(tables(found))
 
 
