@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from rlhf.evaluation.runner import Grader
-from rlhf.rewards import dapo_math, exact
+from rlhf.rewards import aime, dapo_math, exact
 from rlhf.rewards.config import RewardConfig
 from rlhf.rewards.grade import Response
 from rollout.types import FinishReason, Prompt, Trajectory
 
-INTEGER_KINDS = (exact.KIND.name, dapo_math.KIND.name)
+INTEGER_KINDS = (exact.KIND.name, aime.KIND.name, dapo_math.KIND.name)
 """Kinds that grade integers, so that a mention of the answer can be looked for."""
 
 
