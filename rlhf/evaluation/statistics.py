@@ -311,7 +311,7 @@ def question_ends(
 
     Simulated: 95 % hold the truth in 94.6 to 96.2 % of evaluations, for N of 30, 100, 500, n of 4, 32, rates
     from Beta(.5, .5), Beta(2, 2), Beta(.1, .9) and all 0.2. Where few questions or samples are right (n of
-    1 or 2, mean rates of 5 % and less) mostly in more, up to 98; with 10 questions in 91 to 99.
+    1 or 2, mean rates of 5 % and less) mostly in more, up to 99; with 10 questions in 91 to 99.
 
     Args:
         rate: mean of the values.

@@ -96,16 +96,18 @@ def test_two_models_on_one_set(samples: int, population: Population) -> None:
     rates, a = evaluations(population, 100, samples, RUNS, rng)
     others = population.draw(rates.shape, rng)
     b = rng.binomial(samples, np.where(rng.random(rates.shape) < 0.3, others, rates)) / samples
-    assert 93.5 < covered(*paired_intervals(a - b), 0.0) < 97.5
+    found = covered(*paired_intervals(a - b), 0.0)
+    # Where hardly a question is ever solved, the interval is rather too wide.
+    assert found == pytest.approx(95, abs=1.5) or (population is GRID[3] and 95 < found < 97.5)
 
 
 def test_clusters_count_as_wholes() -> None:
     """Five paraphrases of each of 40 questions are 40 questions."""
     rng = np.random.default_rng(4)
     names = np.repeat(np.arange(40), 5).tolist()
-    rates = np.repeat(GRID[0].draw((1_000, 40), rng), 5, axis=1)
+    rates = np.repeat(GRID[0].draw((RUNS, 40), rng), 5, axis=1)
     values = rng.binomial(4, rates) / 4
     clustered = np.array([question_interval(row, names) for row in values])
     assert covered(clustered[:, 0], clustered[:, 1], 0.5) == pytest.approx(95, abs=1.5)
-    plain = np.array([question_interval(row) for row in values])
+    plain = np.array([question_interval(row) for row in values[:500]])
     assert covered(plain[:, 0], plain[:, 1], 0.5) < 75
