@@ -197,9 +197,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_args(arguments)
     recipe, steps, repeats = "dapo/arithmetic", given.steps, given.repeats
-    cores, arms = len(os.sched_getaffinity(0)), ARMS
+    cores, arms = len(os.sched_getaffinity(0)), list(ARMS)
     if given.quick:
-        recipe, steps, repeats, cores, arms = "dapo/tiny", WARM_UP + 1, 1, 1, QUICK
+        recipe, steps, repeats, cores, arms = "dapo/tiny", WARM_UP + 1, 1, 1, list(QUICK)
     found = measure(recipe, [f"loop.steps={steps}", *given.overrides], given.out, repeats, cores, arms)
     print(table(found))
 
