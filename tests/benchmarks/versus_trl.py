@@ -72,20 +72,25 @@ class Settings:
     continuous_batching: bool = False
 
 
-FASTEST = Settings(micro_batch=0)
-LEANEST = Settings(micro_batch=4, checkpointing=True)
+FASTEST = Settings(micro_batch=0, attention="eager")
+LEANEST = Settings(micro_batch=2, checkpointing=True)
+_SDPA = Settings(micro_batch=0)
 TRIALS = {
-    "micro-batch 32": FASTEST,
-    "micro-batch 16": replace(FASTEST, micro_batch=16),
-    "micro-batch 8": replace(FASTEST, micro_batch=8),
-    "micro-batch 4": replace(FASTEST, micro_batch=4),
-    "micro-batch 4, checkpointing": LEANEST,
-    "micro-batch 2, checkpointing": replace(LEANEST, micro_batch=2),
-    "float32": replace(FASTEST, precision="float32"),
-    "bfloat16 weights, no masters": replace(FASTEST, precision="bfloat16"),
-    "eager attention": replace(FASTEST, attention="eager"),
-    "torch.compile": replace(FASTEST, compile=True),
-    "continuous batching": replace(FASTEST, continuous_batching=True),
+    "eager attention": FASTEST,
+    "eager attention, micro-batch 16": replace(FASTEST, micro_batch=16),
+    "eager attention, micro-batch 8": replace(FASTEST, micro_batch=8),
+    "eager attention, torch.compile": replace(FASTEST, compile=True),
+    "micro-batch 2, checkpointing": LEANEST,
+    "eager attention, micro-batch 2, checkpointing": replace(LEANEST, attention="eager"),
+    "micro-batch 32": _SDPA,
+    "micro-batch 16": replace(_SDPA, micro_batch=16),
+    "micro-batch 8": replace(_SDPA, micro_batch=8),
+    "micro-batch 4": replace(_SDPA, micro_batch=4),
+    "micro-batch 4, checkpointing": replace(LEANEST, micro_batch=4),
+    "float32": replace(_SDPA, precision="float32"),
+    "bfloat16 weights, no masters": replace(_SDPA, precision="bfloat16"),
+    "torch.compile": replace(_SDPA, compile=True),
+    "continuous batching": replace(_SDPA, continuous_batching=True),
 }
 """What was tried to find TRL's fastest and leanest."""
 
