@@ -49,7 +49,7 @@ ARMS = {
     "LayerCast": (EngineDtype.bfloat16, Numerics.layercast),
     "float32": (EngineDtype.float32, Numerics.standard),
 }
-BATCHES = (1, 8, 32)
+BATCHES = (8, 32, 1)
 THREADS = (1, 2)
 
 
@@ -91,7 +91,7 @@ def main() -> None:
     )
     parser.add_argument("--model", required=True, help="folder in Hugging Face format, or run@step")
     parser.add_argument("--prompts", type=int, default=30)
-    parser.add_argument("--out", type=Path, help="file that gets a line of JSON for each configuration")
+    parser.add_argument("--out", type=Path, help="file of a line of JSON a configuration; goes on with it")
     parser.add_argument("rest", nargs="*", metavar="RECIPE or key=value")
     arguments = parser.parse_args()
     recipe = next((word for word in arguments.rest if "=" not in word), "dapo/arithmetic")
@@ -99,13 +99,20 @@ def main() -> None:
     config = load(recipe, [f"model.path={arguments.model}", "rollout.process=child", *overrides])
     with Scorer(config.reward) as scorer:
         work = prepare(config, scorer, arguments.prompts)
-        found = []
-        for each in itertools.product(ARMS, BATCHES, THREADS):
-            found.append(measure(work, *each))
-            if arguments.out:
-                with arguments.out.open("a") as file:
-                    file.write(json.dumps(asdict(found[-1])) + "\n")
+        found = read(arguments.out) if arguments.out else []
+        done = {(one.batch, one.threads, one.arm) for one in found}
+        for batch, threads, arm in itertools.product(BATCHES, THREADS, ARMS):
+            if (batch, threads, arm) not in done:
+                found.append(measure(work, arm, batch, threads))
+                if arguments.out:
+                    with arguments.out.open("a") as file:
+                        file.write(json.dumps(asdict(found[-1])) + "\n")
     print(tables(found))
+
+
+def read(file: Path) -> list[Measured]:
+    """What an earlier run has measured."""
+    return [Measured(**json.loads(line)) for line in file.open()] if file.exists() else []
 
 
 def prepare(config: Config, scorer: Scorer, limit: int) -> Work:
