@@ -101,7 +101,7 @@ def main() -> None:
         work = prepare(config, scorer, arguments.prompts)
         found = read(arguments.out) if arguments.out else []
         done = {(one.batch, one.threads, one.arm) for one in found}
-        for batch, threads, arm in itertools.product(BATCHES, THREADS, ARMS):
+        for threads, batch, arm in itertools.product(THREADS, BATCHES, ARMS):
             if (batch, threads, arm) not in done:
                 found.append(measure(work, arm, batch, threads))
                 if arguments.out:
