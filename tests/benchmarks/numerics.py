@@ -4,8 +4,8 @@
 
 The held-out problems of RECIPE (by default `dapo/arithmetic`, two-digit sums), rendered by the model's chat
 template, are answered greedily by an engine process of its own for each of three number formats, three batch
-sizes (`max_num_seqs`) and two thread counts. All read the same checkpoint, rounded to bfloat16. A problem set
-in a file: `data.path=set.jsonl data.heldout=30`. Prefixes are not cached, so that a prompt is computed alike
+sizes (`max_num_seqs`) and two thread counts. All read the same checkpoint, which must be in bfloat16, or
+float32 would be another model. A problem set in a file: `data.path=set.jsonl data.heldout=30`. Prefixes are not cached, so that a prompt is computed alike
 whatever came before it.
 
 Printed: the metrics of LayerCast's section 3 over the six configurations of each format
@@ -39,6 +39,7 @@ from rlhf.rewards.base import Scorer
 from rollout.child_engine import ChildEngine
 from rollout.config import EngineDtype, EngineProcess, Numerics, RolloutConfig
 from rollout.engine import Sampling
+from rollout.engine_spec import text_config
 from rollout.host import LocalHost
 from rollout.pool import Draw, LocalPool, build_engines
 from rollout.types import Prompt
@@ -119,6 +120,9 @@ def prepare(config: Config, scorer: Scorer, limit: int) -> Work:
     """Prompts and settings."""
     scorer.start()
     model = models.resolve(config.model)
+    kept = text_config(str(model.folder)).get("dtype")
+    if kept != "bfloat16":
+        raise SystemExit(f"{model.folder} holds {kept} weights: give a checkpoint in bfloat16.")
     tokenizer = models.load_tokenizer(model, config.model)
     heldout = load_splits(config.data).heldout
     prompts = PromptBuilder(tokenizer, config.data, config.model).build(heldout).prompts[:limit]
