@@ -5,8 +5,8 @@
 The held-out problems of RECIPE (by default `dapo/arithmetic`, two-digit sums), rendered by the model's chat
 template, are answered greedily by an engine process of its own for each of three number formats, three batch
 sizes (`max_num_seqs`) and two thread counts. All read the same checkpoint, which must be in bfloat16, or
-float32 would be another model. A problem set in a file: `data.path=set.jsonl data.heldout=30`. Prefixes are not cached, so that a prompt is computed alike
-whatever came before it.
+float32 would be another model. A problem set in a file: `data.path=set.jsonl data.heldout=30`. Prefixes are
+not cached, so that a prompt is computed alike whatever came before it.
 
 Printed: the metrics of LayerCast's section 3 over the six configurations of each format
 (`rlhf.evaluation.divergence`), and what each configuration took.
