@@ -4,9 +4,9 @@
 
 The held-out problems of RECIPE (by default `dapo/arithmetic`, two-digit sums), rendered by the model's chat
 template, are answered greedily by an engine process of its own for each of three number formats, three batch
-sizes (`max_num_seqs`) and two thread counts. All read the same checkpoint, rounded to bfloat16. A problem set
-in a file: `data.path=set.jsonl data.heldout=30`. Prefixes are not cached, so that a prompt is computed alike
-whatever came before it.
+sizes (`max_num_seqs`) and two thread counts. All read the same checkpoint, which must be in bfloat16, or
+float32 would be another model. A problem set in a file: `data.path=set.jsonl data.heldout=30`. Prefixes are
+not cached, so that a prompt is computed alike whatever came before it.
 
 Printed: the metrics of LayerCast's section 3 over the six configurations of each format
 (`rlhf.evaluation.divergence`), and what each configuration took.
@@ -39,6 +39,7 @@ from rlhf.rewards.base import Scorer
 from rollout.child_engine import ChildEngine
 from rollout.config import EngineDtype, EngineProcess, Numerics, RolloutConfig
 from rollout.engine import Sampling
+from rollout.engine_spec import text_config
 from rollout.host import LocalHost
 from rollout.pool import Draw, LocalPool, build_engines
 from rollout.types import Prompt
@@ -49,7 +50,7 @@ ARMS = {
     "LayerCast": (EngineDtype.bfloat16, Numerics.layercast),
     "float32": (EngineDtype.float32, Numerics.standard),
 }
-BATCHES = (1, 8, 32)
+BATCHES = (8, 32, 1)
 THREADS = (1, 2)
 
 
@@ -91,7 +92,7 @@ def main() -> None:
     )
     parser.add_argument("--model", required=True, help="folder in Hugging Face format, or run@step")
     parser.add_argument("--prompts", type=int, default=30)
-    parser.add_argument("--out", type=Path, help="file that gets a line of JSON for each configuration")
+    parser.add_argument("--out", type=Path, help="file of a line of JSON a configuration; goes on with it")
     parser.add_argument("rest", nargs="*", metavar="RECIPE or key=value")
     arguments = parser.parse_args()
     recipe = next((word for word in arguments.rest if "=" not in word), "dapo/arithmetic")
@@ -99,19 +100,29 @@ def main() -> None:
     config = load(recipe, [f"model.path={arguments.model}", "rollout.process=child", *overrides])
     with Scorer(config.reward) as scorer:
         work = prepare(config, scorer, arguments.prompts)
-        found = []
-        for each in itertools.product(ARMS, BATCHES, THREADS):
-            found.append(measure(work, *each))
-            if arguments.out:
-                with arguments.out.open("a") as file:
-                    file.write(json.dumps(asdict(found[-1])) + "\n")
+        found = read(arguments.out) if arguments.out else []
+        done = {(one.batch, one.threads, one.arm) for one in found}
+        for threads, batch, arm in itertools.product(THREADS, BATCHES, ARMS):
+            if (batch, threads, arm) not in done:
+                found.append(measure(work, arm, batch, threads))
+                if arguments.out:
+                    with arguments.out.open("a") as file:
+                        file.write(json.dumps(asdict(found[-1])) + "\n")
     print(tables(found))
+
+
+def read(file: Path) -> list[Measured]:
+    """What an earlier run has measured."""
+    return [Measured(**json.loads(line)) for line in file.open()] if file.exists() else []
 
 
 def prepare(config: Config, scorer: Scorer, limit: int) -> Work:
     """Prompts and settings."""
     scorer.start()
     model = models.resolve(config.model)
+    kept = text_config(str(model.folder)).get("dtype")
+    if kept != "bfloat16":
+        raise SystemExit(f"{model.folder} holds {kept} weights: give a checkpoint in bfloat16.")
     tokenizer = models.load_tokenizer(model, config.model)
     heldout = load_splits(config.data).heldout
     prompts = PromptBuilder(tokenizer, config.data, config.model).build(heldout).prompts[:limit]
