@@ -20,8 +20,8 @@ from rlhf import figures
 from rlhf.errors import UserError
 from rlhf.evaluation import runner
 from rlhf.evaluation.config import Split
+from rlhf.evaluation.proportions import mean
 from rlhf.evaluation.runner import Problem
-from rlhf.evaluation.statistics import mean
 from rlhf.figures import Row, column
 from rlhf.metrics import duration, lookup, show
 from rlhf.tracking import jsonl

@@ -14,8 +14,6 @@ import torch
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from trainer.numerics import STORED
-
 NAME = "whetstone_layercast"
 """vLLM's name for it."""
 
@@ -23,7 +21,8 @@ NAME = "whetstone_layercast"
 class LayerCastConfig(QuantizationConfig):
     """Weights of linear layers, embedding and head in `stored`, everything computed in float32."""
 
-    stored = STORED
+    stored = torch.bfloat16
+    """`trainer.numerics.STORED`, which is not imported where plugins are made known."""
 
     def get_name(self) -> Any:
         """`NAME`; vLLM types it as one of its own names."""
@@ -70,4 +69,6 @@ def register() -> None:
 
 def stored_dtype(model_config: Any) -> torch.dtype:
     """The number format of the tensors that a vLLM model is loaded from and published in."""
-    return STORED if model_config.quantization == NAME else cast(torch.dtype, model_config.dtype)
+    return (
+        LayerCastConfig.stored if model_config.quantization == NAME else cast(torch.dtype, model_config.dtype)
+    )

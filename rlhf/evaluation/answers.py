@@ -11,9 +11,9 @@ from typing import Any
 
 from rlhf.errors import UserError
 from rlhf.evaluation import runner
+from rlhf.evaluation.proportions import mean
 from rlhf.evaluation.runner import Problem
 from rlhf.evaluation.stamp import Stamp
-from rlhf.evaluation.statistics import mean
 from rlhf.files import replace_text, sync
 
 LINES, STAMP, SCORE = "answers.jsonl", "stamp.json", "score.json"

@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from rlhf.evaluation.estimators import Array
-from rlhf.evaluation.statistics import Interval, cluster_sums, kurtosis_of, question_se, spread_quantile
+from rlhf.evaluation.proportions import Interval
+from rlhf.evaluation.statistics import cluster_sums, kurtosis_of, question_se, spread_quantile
 
 MOST_FLIPPED = 16
 """Units with a difference up to which all 2^m sign flips are counted."""

@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rlhf.evaluation import estimators
+from rlhf.evaluation.proportions import mean
 from rlhf.evaluation.runner import GRADED, Problem
-from rlhf.evaluation.statistics import mean, score
+from rlhf.evaluation.statistics import score
 from rlhf.metrics import duration
 from rollout.types import FinishReason
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.evaluation.config import EvaluationConfig
-from rlhf.evaluation.statistics import mean, standard_error, wilson
+from rlhf.evaluation.proportions import mean, standard_error, wilson
 from rlhf.files import replace_text
 from rollout.engine import Sampling
 from rollout.types import FinishReason, Group, Prompt, Trajectory

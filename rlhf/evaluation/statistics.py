@@ -18,25 +18,17 @@ import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import compress
-from statistics import NormalDist
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from rlhf.evaluation.estimators import Array, avg_at_n, check_matrix
+from rlhf.evaluation.proportions import Interval, check_confidence, mean, normal_quantile, wilson_ends
 
 FEWEST_TO_TELL = 3
 """Questions (or clusters) with a right answer, and with a wrong one, from which on the spread is trusted."""
 _CHUNK = 1 << 22
 """Questions drawn at once by the bootstrap: 32 MiB of indices."""
-
-
-class Interval(NamedTuple):
-    """A confidence interval `[low, high]`."""
-
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,46 +75,8 @@ def score(X: npt.ArrayLike, clusters: Sequence[Hashable] | None = None, confiden
     )
 
 
-# ---------------------------------------------------------------- means and proportions
-
-
-def wilson(successes: float, n: int, confidence: float = 0.95) -> Interval:
-    r"""Wilson score interval of a proportion: well covered for small `n` and near 0 and 1.
-
-    With :math:`z` the normal quantile and :math:`\hat p = s/n`, the ends are
-    :math:`\big(\hat p + z^2/2n \pm z\sqrt{\hat p(1-\hat p)/n + z^2/4n^2}\big) / (1 + z^2/n)` (Wilson 1927).
-    `successes` may be fractional when a grader gives partial credit. For one response a question this is the
-    statement about "this model on questions like these". Raises `ValueError` when there is nothing to count.
-    """
-    if n < 1:
-        raise ValueError(f"wilson needs n >= 1, got n={n}: an empty evaluation has no interval.")
-    if not 0 <= successes <= n:
-        raise ValueError(f"wilson needs 0 <= successes <= n, got successes={successes}, n={n}.")
-    rate, quantile = np.array(successes / n), np.array(normal_quantile(confidence))
-    return _interval(_wilson_ends(rate, np.array(float(n)), quantile))
-
-
 def _interval(ends: tuple[Array, Array]) -> Interval:
     return Interval(float(ends[0]), float(ends[1]))
-
-
-def mean(values: Sequence[float]) -> float:
-    """Arithmetic mean, exactly rounded. Raises `ValueError` on an empty sequence."""
-    if not values:
-        raise ValueError("mean of no values: there was nothing to average.")
-    return math.fsum(values) / len(values)
-
-
-def standard_error(values: Sequence[float]) -> float:
-    r"""Standard error of the mean, :math:`\mathrm{sd}_{ddof=1}/\sqrt n`: which questions, and sampling.
-
-    NaN for a single value: one observation says nothing of its spread.
-    """
-    n = len(values)
-    center = mean(values)
-    if n < 2:
-        return math.nan
-    return math.sqrt(math.fsum((v - center) ** 2 for v in values) / (n - 1) / n)
 
 
 def macro_average(means: Sequence[float], errors: Sequence[float]) -> tuple[float, float]:
@@ -137,20 +91,9 @@ def macro_average(means: Sequence[float], errors: Sequence[float]) -> tuple[floa
 
 
 def _wilson_ends(rate: Array, n: Array, quantile: Array) -> tuple[Array, Array]:
-    """Wilson's ends, elementwise; `n` and the successes `rate * n` need not be whole."""
-    square = quantile * quantile
-    center = rate + square / (2 * n)
-    spread = quantile * np.sqrt(rate * (1 - rate) / n + square / (4 * n * n))
-    scale = 1 + square / n
-    # At rate 0 and 1 one end is exactly 0 or 1, which rounding would miss.
-    low = np.where(rate == 0, 0.0, (center - spread) / scale)
-    return low, np.where(rate == 1, 1.0, (center + spread) / scale)
-
-
-def normal_quantile(confidence: float) -> float:
-    """Two-sided normal quantile: 1.96 for 0.95. Raises `ValueError` unless 0 < confidence < 1."""
-    _check_confidence(confidence)
-    return NormalDist().inv_cdf(0.5 + confidence / 2)
+    """Wilson's ends, elementwise; exactly 0 and 1 where the rate is, which rounding would miss."""
+    low, high = wilson_ends(rate, n, quantile)
+    return np.where(rate == 0, 0.0, low), np.where(rate == 1, 1.0, high)
 
 
 def spread_quantile(confidence: float, units: npt.ArrayLike, kurtosis: npt.ArrayLike) -> Array:
@@ -162,7 +105,7 @@ def spread_quantile(confidence: float, units: npt.ArrayLike, kurtosis: npt.Array
     """
     from scipy.special import stdtrit  # half a second, which training without an evaluation need not wait
 
-    _check_confidence(confidence)
+    check_confidence(confidence)
     units = np.asarray(units, dtype=np.float64)
     freedom = 2 * units / (np.asarray(kurtosis) - (units - 3) / (units - 1))
     return np.asarray(stdtrit(freedom, 0.5 + confidence / 2))
@@ -173,11 +116,6 @@ def kurtosis_of(centered: Array) -> float:
     squares = centered * centered
     total = float(squares.sum())
     return len(centered) * float((squares**2).sum()) / total**2 if total > 0 else 1.0
-
-
-def _check_confidence(confidence: float) -> None:
-    if not 0 < confidence < 1:
-        raise ValueError(f"An interval needs a confidence in (0, 1), got {confidence}: 0.95 is usual.")
 
 
 # ---------------------------------------------------------------- these questions, asked again
@@ -199,7 +137,7 @@ def rerun_interval(X: npt.ArrayLike, confidence: float = 0.95) -> Interval:
 
     See `rerun_ends` for how, and for where it covers.
     """
-    _check_confidence(confidence)
+    check_confidence(confidence)
     grades, terms = check_matrix(X), _sampling_variances(X)
     if np.isnan(terms).any():
         return Interval(math.nan, math.nan)
@@ -378,7 +316,7 @@ def bootstrap_questions(
     Samples are not resampled within a question on top: their noise is in the values already, and a second
     stage would count it twice. Arguments and errors as `question_se`.
     """
-    _check_confidence(confidence)
+    check_confidence(confidence)
     kept, groups = _kept(values, clusters)
     sums = kept if groups is None else cluster_sums(kept, groups)
     sizes = np.ones(len(kept)) if groups is None else cluster_sums(np.ones(len(kept)), groups)

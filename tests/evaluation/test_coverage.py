@@ -7,7 +7,8 @@ import pytest
 from scipy.stats import binom
 
 from rlhf.evaluation.paired import paired
-from rlhf.evaluation.statistics import question_interval, rerun_interval, wilson
+from rlhf.evaluation.proportions import wilson
+from rlhf.evaluation.statistics import question_interval, rerun_interval
 from tests.evaluation.coverage import (
     GRID,
     Population,

@@ -9,19 +9,17 @@ from scipy.stats import binom, binomtest, bootstrap, sem, t
 from scipy.stats import kurtosis as scipy_kurtosis
 
 from rlhf.evaluation.estimators import avg_at_n, matrix, pass_at_k
+from rlhf.evaluation.proportions import mean, standard_error, wilson
 from rlhf.evaluation.statistics import (
     bootstrap_questions,
     kurtosis_of,
     macro_average,
-    mean,
     question_interval,
     question_se,
     rerun_interval,
     rerun_se,
     score,
     spread_quantile,
-    standard_error,
-    wilson,
 )
 
 NAN = math.nan

@@ -25,6 +25,7 @@ from tests.trainer.samples import Reinforce, make_row
 from trainer.config import Device, LearnerConfig, OptimizerConfig, Precision
 from trainer.learner import Learner
 from trainer.model import load_model
+from trainer.numerics import STORED
 
 layercast = pytest.importorskip("rollout.layercast", reason="vLLM is not installed")
 
@@ -38,6 +39,10 @@ def spec(model: Path, **changes: Any) -> EngineSpec:
     """A small engine that takes weights."""
     fixed: dict[str, Any] = {"max_model_len": 128, "max_num_seqs": 8, "kv_cache_bytes": 32 << 20}
     return EngineSpec(model=str(model), threads=1, eager=True, transport="shm", **fixed, **changes)
+
+
+def test_engine_and_learner_round_to_one_format() -> None:
+    assert layercast.LayerCastConfig.stored is STORED
 
 
 @pytest.fixture(scope="module")

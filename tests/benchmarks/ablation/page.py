@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.evaluation.statistics import mean, wilson
+from rlhf.evaluation.proportions import mean, wilson
 from rlhf.figures import COLORS
 from rlhf.files import replace_text
 from tests.benchmarks.ablation.arms import (
