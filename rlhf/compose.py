@@ -135,7 +135,16 @@ def _checked(root: type, text: str) -> Override:
         raise UserError(f"{text}: this is a section, set one of its keys ({example}, ...).")
     if not (known_key(key, root) or (key in _groups(root) and isinstance(override.value(), str))):
         raise UserError(f"Unknown key '{key}' in '{text}': {_nearest(root, key)}")
+    if key in _groups(root) and isinstance(override.value(), str):
+        _check_choice(key, override.value())
     return override
+
+
+def _check_choice(group: str, choice: str) -> None:
+    """Refuse a choice that a group of settings (`algorithm=grpo`) has not."""
+    known = sorted(path.stem for path in (RECIPES / group).glob("*.yaml"))
+    if choice not in known:
+        raise UserError(f"{group}={choice} is not known: choose one of {', '.join(known)}.")
 
 
 def known_key(key: str, root: type = Config) -> bool:

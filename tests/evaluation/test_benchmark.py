@@ -82,6 +82,7 @@ def test_an_overridden_preset_is_another_protocol() -> None:
         (["endpoint.model=mine"], "endpoint.model=mine has no server: set endpoint.url, or use model.path."),
         (["model.init_from=runs/a@3"], "set model.path=runs/a@3 and leave model.init_from empty"),
         (["loop.steps=3"], "Unknown key 'loop.steps'"),
+        (["protocol=foo"], "protocol=foo is not known: choose one of dapo, deepseek_r1, greedy, qwen."),
         (["run.round=-1"], "run.round=-1 must be at least 0"),
     ],
 )
