@@ -1,9 +1,8 @@
 """A run of 200 steps whose processes are killed at random, and what is left of it; table: `docs/faults.md`.
 
-`python -m tests.benchmarks.soak` trains a tiny model on two ranks, with responses long enough that 200 steps
-outlast many kills, and SIGKILLs engines, learner ranks, graders, the driver (rank 0) and torchrun itself, at
-random moments. Their mean distance is twice the time that the job takes from the death of a rank to its next
-step, which is measured first. Three things start
+`python -m tests.benchmarks.soak` trains a tiny model on two ranks, and SIGKILLs engines, learner ranks,
+graders, the driver (rank 0) and torchrun itself, at random moments. Their mean distance is twice the time
+that the job takes from the death of a rank to its next step, which is measured first. Three things start
 again what was killed: the run its engines and graders, torchrun the ranks, and a supervisor (this program)
 torchrun, each time with the same command. Prints a table, and ends with status 1 when a step or a sample
 is not accounted for (`tests.benchmarks.accounts`) or something outlives the run.
@@ -61,8 +60,6 @@ class Job:
     steps: int
     every: int
     """Steps between checkpoints."""
-    tokens: int = 8
-    """Of a response; with them a step grows longer."""
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
     starts: int = 0
     process: subprocess.Popen[bytes] | None = None
@@ -73,7 +70,6 @@ class Job:
         """Start torchrun; its output goes to `torchrun.log` beside the run's folder."""
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         settings = [f"run.dir={self.folder}", f"loop.steps={self.steps}", f"checkpoint.every={self.every}"]
-        settings.append(f"rollout.max_new_tokens={self.tokens}")
         self.starts += 1
         with self.folder.with_name("torchrun.log").open("ab") as log:
             self.process = subprocess.Popen(
@@ -215,12 +211,10 @@ class Outcome:
         return markdown(["what", "measured"], rows)
 
 
-def soak(
-    folder: Path, *, steps: int, every: int, seed: int, tokens: int, kinds: Sequence[str] = ()
-) -> Outcome:
+def soak(folder: Path, *, steps: int, every: int, seed: int, kinds: Sequence[str] = ()) -> Outcome:
     """Run and kill. `kinds`: these one after another, each when a step more is logged; else at random."""
     before, began = shared_memory(), time.monotonic()
-    job = Job(folder=folder / "run", steps=steps, every=every, tokens=tokens)
+    job = Job(folder=folder / "run", steps=steps, every=every)
     kills: Counter[str] = Counter()
     job.start()
     try:
@@ -311,15 +305,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Kill a run's processes at random and account for it.")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--every", type=int, default=5, help="steps between checkpoints")
-    parser.add_argument("--tokens", type=int, default=64, help="of a response")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="6 steps; an engine and the driver are killed")
     parser.add_argument("--folder", type=Path, help="where the run goes; a temporary folder without it")
     options = parser.parse_args(argv)
     folder = options.folder or Path(tempfile.mkdtemp(prefix="soak-"))
     folder.mkdir(parents=True, exist_ok=True)
-    quick = {"steps": 6, "every": 2, "tokens": 8, "kinds": ("engine", "driver")} if options.quick else {}
-    chosen = {name: getattr(options, name) for name in ("steps", "every", "seed", "tokens")} | quick
+    quick = {"steps": 6, "every": 2, "kinds": ("engine", "driver")} if options.quick else {}
+    chosen = {"steps": options.steps, "every": options.every, "seed": options.seed} | quick
     outcome = soak(folder.absolute(), **chosen)
     print(outcome.table())
     for problem in outcome.problems:

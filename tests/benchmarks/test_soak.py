@@ -10,7 +10,7 @@ from tests.benchmarks.soak import MARK, soak
 
 
 def test_quick(tmp_path: Path) -> None:
-    found = soak(tmp_path, steps=6, every=2, seed=0, tokens=8, kinds=("engine", "driver"))
+    found = soak(tmp_path, steps=6, every=2, seed=0, kinds=("engine", "driver"))
     assert found.problems == [], (tmp_path / "torchrun.log").read_text()
     assert found.kills == {"engine": 1, "driver": 1}
     assert (found.job.starts, found.accounts.begins) == (1, 2), "torchrun starts the ranks again"
