@@ -1,4 +1,4 @@
-"""A run of 200 steps whose processes are killed at random, and what is left of it; table: `docs/faults.md`.
+"""A run of 1000 steps whose processes are killed at random, and what is left of it; table: `docs/faults.md`.
 
 `python -m tests.benchmarks.soak` trains a tiny model on two ranks, and SIGKILLs engines, learner ranks,
 graders, the driver (rank 0) and torchrun itself, at random moments. Their mean distance is twice the time
@@ -303,7 +303,7 @@ def kill_one(job: Job, kind: str) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Soak, print the table, and say what is wrong."""
     parser = argparse.ArgumentParser(description="Kill a run's processes at random and account for it.")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--every", type=int, default=5, help="steps between checkpoints")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="6 steps; an engine and the driver are killed")
