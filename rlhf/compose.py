@@ -135,8 +135,9 @@ def _checked(root: type, text: str) -> Override:
         raise UserError(f"{text}: this is a section, set one of its keys ({example}, ...).")
     if not (known_key(key, root) or (key in _groups(root) and isinstance(override.value(), str))):
         raise UserError(f"Unknown key '{key}' in '{text}': {_nearest(root, key)}")
-    if key in _groups(root) and isinstance(override.value(), str):
-        _check_choice(key, override.value())
+    choice = override.value()
+    if key in _groups(root) and isinstance(choice, str):
+        _check_choice(key, choice)
     return override
 
 
