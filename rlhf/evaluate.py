@@ -96,10 +96,11 @@ def evaluate_benchmark(recipe: str, config: BenchmarkConfig) -> str:
         rounds = _rounds(asked.prompts, config)
         done = answers.whole([len(prompts) * config.protocol.samples for prompts in rounds])
         logger.info("evaluation: %s", folder)
-        if done < len(rounds):
-            with stopping(folder), responding(config, asked.answerer, folder) as responder:
-                _answer(rounds[done:], config, asked, answers, scorer, responder)
-        return _finish(asked, config, answers)
+        with stopping(folder):
+            if done < len(rounds):
+                with responding(config, asked.answerer, folder) as responder:
+                    _answer(rounds[done:], config, asked, answers, scorer, responder)
+            return _finish(asked, config, answers)
 
 
 def prepare(recipe: str, config: BenchmarkConfig, scorer: Scorer) -> Asked:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from rlhf.errors import UserError, clear_sentences
 from rlhf.evaluate import Asked, folder_of, prepare, responding, stopping
+from rlhf.evaluation.answers import Answers
 from rlhf.evaluation.benchmark import BenchmarkConfig
 from rlhf.evaluation.divergence import Divergence, divergence
 from rlhf.files import replace_text
@@ -109,7 +110,7 @@ def reproduce(recipe: str, config: BenchmarkConfig) -> str:
     with clear_sentences(), Scorer(config.protocol.reward(config.data.answers)) as scorer:
         asked = prepare(recipe, config, scorer)
         folder = folder_of(asked, config, "reproducibility-")
-        folder.mkdir(parents=True, exist_ok=True)
+        Answers(folder, asked.stamp)  # what lies there is of this very evaluation, or refused
         found = {}
         with closing(FolderLock(folder)):
             for condition in conditions(config.reproducibility):

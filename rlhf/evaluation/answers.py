@@ -28,7 +28,12 @@ class Answers:
         Raises `UserError` when it holds something else.
         """
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"run.dir={folder} cannot be made ({error.strerror}): name another folder."
+            ) from error
         path = folder / STAMP
         if path.exists():
             _refuse_other(folder, json.loads(path.read_text()), stamp)

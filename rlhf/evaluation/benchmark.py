@@ -44,7 +44,7 @@ class BenchmarkDataConfig:
     path: str = ""
     """Hub id, `.jsonl` or `.parquet` file, folder or pattern."""
     split: str = "test"
-    """Split of a hub set; files have one split."""
+    """Split of a hub set; files have one. Slices such as `test[:100]` work for both."""
     args: dict[str, Any] = field(default_factory=dict)
     """Arguments of `datasets.load_dataset` (`{name: main}`)."""
     fields: dict[str, str] = field(default_factory=dict)

@@ -29,9 +29,9 @@ def write(folder: Path, name: str, stamp: Stamp, found: Result, problems: Sequen
     (folder / PICTURE).write_bytes(picture)
     replace_text(folder / MARKDOWN, markdown(name, stamp, found))
     replace_text(folder / HTML, _html(name, stamp, found, problems, picture))
-    rows = [{**asdict(problem), "grades": None, "rewards": None} for problem in problems]
-    columns = [column for column in rows[0] if column not in ("grades", "rewards")]
-    table = pyarrow.Table.from_pylist([{column: row[column] for column in columns} for row in rows])
+    nested = ("grades", "rewards")
+    rows = [{key: value for key, value in asdict(p).items() if key not in nested} for p in problems]
+    table = pyarrow.Table.from_pylist(rows)
     pyarrow.parquet.write_table(table, folder / PARQUET)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ USUAL = {
     "id": ("id", "unique_id", "problem_idx"),
 }
 """Columns that are looked for in this order where `data.fields` names none."""
+_NAME = string.ascii_letters + string.digits + "_-"
+"""Characters of a split's name, before a slice such as `[:100]`."""
 FIRST_OF_LIST = ".0"
 """OlympiadBench has its answers in lists of one."""
 
@@ -33,7 +36,7 @@ def read_problems(config: BenchmarkDataConfig, name: str) -> list[Example]:
         found = list(read_source(name, source, {}))
     else:
         if source.resolved_kind("data.path") is not SourceKind.hub:
-            source.split = "train"  # what files call their only split
+            source.split = "train" + source.split.lstrip(_NAME)  # what files call their only split
         found = list(
             read_source(name, source, _fields(config, first_row(name, source)), path_key="data.path")
         )

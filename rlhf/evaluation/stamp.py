@@ -81,11 +81,9 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any], allowed: Colle
 
 
 def _essence(name: str, value: Any) -> Any:
-    """What counts: of protocol and data the digest, not what they are called or where they lay."""
+    """What counts: not what a protocol is called, or where the data lay."""
     if name in ("protocol", "data") and isinstance(value, Mapping):
-        return {key: value[key] for key in value if key not in ("label", "path", "digest")} | {
-            "digest": value.get("digest")
-        }
+        return {key: inner for key, inner in value.items() if key not in ("label", "path")}
     return value
 
 

@@ -120,6 +120,12 @@ def test_repeated_problems_are_asked_once_and_ids_are_unique(tmp_path: Path) -> 
         read_problems(config.data, "mine")
 
 
+def test_a_slice_of_a_file(tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", [{"problem": f"{n}?", "answer": str(n)} for n in range(5)])
+    found = read_problems(load("jsonl", [path, "data.split='test[:2]'"]).data, "mine")
+    assert [problem.answer for problem in found] == ["0", "1"]
+
+
 def test_the_digest_is_of_the_problems_not_of_the_file(tmp_path: Path) -> None:
     rows = [{"problem": f"{n}?", "answer": str(n)} for n in range(3)]
     other: list[dict[str, Any]] = [

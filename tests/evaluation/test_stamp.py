@@ -132,6 +132,12 @@ def test_another_evaluation_keeps_its_folder(tmp_path: Path) -> None:
         Answers(tmp_path / "other", stamp())
 
 
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"run.dir=.*file/inside cannot be made \(Not a directory\)"):
+        Answers(tmp_path / "file" / "inside", stamp())
+
+
 def test_the_weights_decide_not_their_place(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in "abc"]
     for folder, value in zip(folders, (1.0, 1.0, 2.0), strict=True):

@@ -68,8 +68,7 @@ def test_every_format_is_answered_and_nothing_twice(
     assert main(command) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[0].removeprefix("| ") for line in lines[2:5]] == list(FORMATS)
-    written = sorted(path.name for path in (tmp_path / "r").glob("*.json"))
-    assert len(written) == 6
+    assert len(list((tmp_path / "r").glob("*-batch*.json"))) == 6
     # One model: what is kept in bfloat16 and computed in float32 is what float32 computes.
     cast, plain = (
         json.loads((tmp_path / "r" / f"{form}-batch1-threads1.json").read_text())
@@ -81,3 +80,5 @@ def test_every_format_is_answered_and_nothing_twice(
     assert main(command) == 0
     assert {path: path.stat().st_mtime_ns for path in times} == times
     assert (tmp_path / "r" / PAGE).is_file()
+    assert main([*command, "protocol.max_new_tokens=9"]) == 2  # never mixed with what is there
+    assert "holds another evaluation (protocol differs)" in capsys.readouterr().err
