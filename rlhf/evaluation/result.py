@@ -42,9 +42,8 @@ class Result:
 
     def headline(self) -> str:
         """The score and its error bar."""
-        name = f"avg@{self.samples}" if self.samples > 1 else "accuracy"
-        interval = f"[{self.low:.1%}, {self.high:.1%}]"
-        return f"{name} {self.accuracy:.1%} {interval} on {len(self.per_problem)} problems"
+        value = _with_interval(self.samples, self.accuracy, self.low, self.high)
+        return f"{value} on {len(self.per_problem)} problems"
 
     def rows(self) -> list[tuple[str, str]]:
         """Label and value of every number, the score first."""
@@ -81,10 +80,8 @@ def summarize(problems: Sequence[Problem], samples: int) -> Result:
 
     Raises `ValueError` when there are none, or not `samples` of each problem.
     """
-    rows = [problems[start : start + samples] for start in range(0, len(problems), samples)]
-    if not rows or any(len({answer.id for answer in row}) != 1 or len(row) != samples for row in rows):
-        raise ValueError(f"{len(problems)} responses are not {samples} to each problem, in order.")
-    grades = estimators.matrix([[answer.accuracy for answer in row] for row in rows])
+    rows = _rows(problems, samples)
+    grades = _grades(rows)
     bars = score(grades)
     whole = set(grades.flat) <= {0.0, 1.0}
     return Result(
@@ -103,12 +100,31 @@ def summarize(problems: Sequence[Problem], samples: int) -> Result:
 
 def progress(problems: Sequence[Problem], samples: int, total: int, seconds_left: float) -> str:
     """The score of what is answered so far, in one line."""
-    so_far = summarize(problems, samples)
+    bars = score(_grades(_rows(problems, samples)))
+    value = _with_interval(samples, bars.mean, *bars.question_interval)
+    length = mean([problem.length for problem in problems])
+    cut = mean([problem.finish_reason == FinishReason.LENGTH for problem in problems])
     return (
-        f"{len(so_far.per_problem)}/{total} problems  {so_far.headline().partition(' on ')[0]}  "
-        f"length {so_far.counts['length_mean']:.0f}  truncated {so_far.counts['truncated']:.1%}  "
+        f"{len(problems) // samples}/{total} problems  {value}  length {length:.0f}  truncated {cut:.1%}  "
         f"{duration(seconds_left)} left"
     )
+
+
+def _rows(problems: Sequence[Problem], samples: int) -> list[Sequence[Problem]]:
+    """The responses by problem. Raises `ValueError` unless there are `samples` of each."""
+    rows = [problems[start : start + samples] for start in range(0, len(problems), samples)]
+    if not rows or any(len({answer.id for answer in row}) != 1 or len(row) != samples for row in rows):
+        raise ValueError(f"{len(problems)} responses are not {samples} to each problem, in order.")
+    return rows
+
+
+def _grades(rows: Sequence[Sequence[Problem]]) -> estimators.Array:
+    return estimators.matrix([[answer.accuracy for answer in row] for row in rows])
+
+
+def _with_interval(samples: int, accuracy: float, low: float, high: float) -> str:
+    name = f"avg@{samples}" if samples > 1 else "accuracy"
+    return f"{name} {accuracy:.1%} [{low:.1%}, {high:.1%}]"
 
 
 def show(name: str, value: float) -> str:
