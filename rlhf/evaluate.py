@@ -19,7 +19,7 @@ import yaml
 from rlhf import environment, faults, models
 from rlhf.compose import RECIPES, to_yaml
 from rlhf.data.examples import Example
-from rlhf.data.prompts import PromptBuilder
+from rlhf.data.prompts import PromptBuilder, chat
 from rlhf.errors import RunStoppedError, UserError, clear_sentences
 from rlhf.evaluation import page, responders, stamp
 from rlhf.evaluation.answers import Answers
@@ -142,8 +142,8 @@ def _server(config: BenchmarkConfig, examples: Sequence[Example]) -> Answerer:
         served = responders.connect(config.endpoint, config.run.seed).model
     except EndpointError as error:
         raise UserError(str(error)) from error
-    builder = PromptBuilder(_ChatOnly(), data_config(config), config.model)  # type: ignore[arg-type]
-    messages = {example.id: builder.messages(example) for example in examples}
+    data = data_config(config)
+    messages = {example.id: chat(example, data) for example in examples}
     stamped = {
         "model": {"description": f"{served} at {config.endpoint.url}", "weights": "unknown"},
         "engine": {"kind": "endpoint", "device": config.endpoint.url},
@@ -152,12 +152,6 @@ def _server(config: BenchmarkConfig, examples: Sequence[Example]) -> Answerer:
     }
     prompts = [_chat_prompt(example, messages[example.id]) for example in examples]
     return Answerer(prompts=prompts, stamped=stamped, messages=messages)
-
-
-class _ChatOnly:
-    """Stands for a tokenizer where a server applies the template."""
-
-    chat_template = "the server's"
 
 
 def _chat_prompt(example: Example, messages: list[dict[str, str]]) -> Prompt:
@@ -210,13 +204,24 @@ def _rounds(prompts: Sequence[Prompt], config: BenchmarkConfig) -> list[list[Pro
 
 @contextmanager
 def responding(config: BenchmarkConfig, answerer: Answerer, folder: Path) -> Iterator[Responder]:
-    """Who answers; an adapter is merged into the weights first, engines log into `folder`."""
+    """Who answers: our engines with the model, or the server."""
+    if answerer.resolved is None:
+        yield responders.Server(responders.connect(config.endpoint, config.run.seed), answerer.messages)
+        return
+    with loaded_engines(config, answerer, folder) as responder:
+        yield responder
+
+
+@contextmanager
+def loaded_engines(config: BenchmarkConfig, answerer: Answerer, folder: Path) -> Iterator[responders.Engines]:
+    """Engines with the model of `answerer`; an adapter is merged first, they log into `folder`.
+
+    Raises ValueError for a server's.
+    """
     resolved = answerer.resolved
+    if resolved is None:
+        raise ValueError("A server answers: there is no model to load.")
     with ExitStack() as opened:
-        if resolved is None:
-            server = responders.server(config.endpoint, config.run.seed, answerer.messages)
-            yield opened.enter_context(server)
-            return
         model = resolved.folder
         if resolved.adapter is not None:
             model = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="whetstone-merged-")))
@@ -241,7 +246,7 @@ def _answer(
     for prompts in rounds:
         result = evaluate(
             prompts,
-            lambda ready, sampling: responder(ready, sampling, samples),
+            lambda ready, sampling: responder.answer(ready, sampling, samples),
             scorer.score,
             sampling,
             step=0,

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rlhf.errors import UserError, clear_sentences
-from rlhf.evaluate import Asked, folder_of, prepare, responding, stopping
+from rlhf.evaluate import Asked, folder_of, loaded_engines, prepare, stopping
 from rlhf.evaluation.answers import Answers
 from rlhf.evaluation.benchmark import BenchmarkConfig
 from rlhf.evaluation.divergence import Divergence, divergence
@@ -80,6 +80,8 @@ class Outcome:
     accuracy: float
     seconds: float
     """Of answering; the engine's start is not in it."""
+    peak: float
+    """Bytes of main memory that the engine's process has held at once, start included."""
 
 
 def conditions(count: int) -> list[Condition]:
@@ -159,10 +161,12 @@ def _outcome(
         return Outcome(**json.loads(path.read_text(encoding="utf-8")))
     logger.info("%s ...", condition.name)
     changed = dataclasses.replace(config, rollout=condition.rollout(config.rollout))
-    with stopping(folder), responding(changed, asked.answerer, folder) as responder:
+    sampling = changed.protocol.sampling(asked.answerer.end_tokens)
+    with stopping(folder), loaded_engines(changed, asked.answerer, folder) as engines:
         begun = time.perf_counter()
-        groups = responder(asked.prompts, changed.protocol.sampling(asked.answerer.end_tokens), 1)
+        groups = engines.answer(asked.prompts, sampling, 1)
         seconds = time.perf_counter() - begun
+        peak = engines.peak()
     scorer.score(groups)
     answers = [group.trajectories[0] for group in groups]
     outcome = Outcome(
@@ -170,24 +174,33 @@ def _outcome(
         top1=[[math.exp(value) for value in answer.logprobs] for answer in answers],
         accuracy=statistics.fmean(answer.accuracy for answer in answers),
         seconds=seconds,
+        peak=peak,
     )
     replace_text(path, json.dumps(asdict(outcome)))
     return outcome
 
 
 def table(found: dict[Condition, Outcome]) -> str:
-    """The spread of each number format in Markdown; the probabilities' comes first, accuracy tells least."""
-    lines = [
+    """Markdown: the spread of each number format, and below it what every condition took.
+
+    The spread of the probabilities comes first; accuracy tells least.
+    """
+    forms = list(dict.fromkeys(condition.form for condition in found))
+    by_form = {form: [one for condition, one in found.items() if condition.form == form] for form in forms}
+    spread = [
         "| format | std of top-1 probability, x 1e4 | problems that diverge | mean divergence index | std of "
-        "length, tokens | accuracy | Std@Acc | seconds |",
-        "|---|---|---|---|---|---|---|---|",
+        "length, tokens | accuracy | Std@Acc |",
+        "|---|---|---|---|---|---|---|",
+        *(_spread_row(form, outcomes) for form, outcomes in by_form.items()),
     ]
-    for form in dict.fromkeys(condition.form for condition in found):
-        outcomes = [outcome for condition, outcome in found.items() if condition.form == form]
-        lines.append(_row(form, _spread(outcomes), outcomes))
     settings = dict.fromkeys((condition.batch, condition.threads) for condition in found)
-    said = "; ".join(f"batch {batch}, {threads} threads" for batch, threads in settings)
-    return "\n".join([*lines, "", f"Over: {said}."])
+    names = [f"batch {batch}, threads {threads}" for batch, threads in settings]
+    took = [
+        f"| seconds, peak MB | {' | '.join(names)} |",
+        "|---" * (len(names) + 1) + "|",
+        *(_took_row(form, outcomes) for form, outcomes in by_form.items()),
+    ]
+    return "\n".join([*spread, "", *took])
 
 
 def _spread(outcomes: Sequence[Outcome]) -> Divergence:
@@ -198,7 +211,8 @@ def _spread(outcomes: Sequence[Outcome]) -> Divergence:
     )
 
 
-def _row(form: str, spread: Divergence, outcomes: Sequence[Outcome]) -> str:
+def _spread_row(form: str, outcomes: Sequence[Outcome]) -> str:
+    spread = _spread(outcomes)
     cells = [
         form,
         f"{spread.std_top1 * 1e4:.4f}",
@@ -207,6 +221,10 @@ def _row(form: str, spread: Divergence, outcomes: Sequence[Outcome]) -> str:
         f"{spread.std_length:.3f}",
         f"{statistics.fmean(one.accuracy for one in outcomes):.1%}",
         f"{spread.std_accuracy:.2%}",
-        f"{statistics.fmean(one.seconds for one in outcomes):.1f}",
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _took_row(form: str, outcomes: Sequence[Outcome]) -> str:
+    """Seconds of answering and the peak of the engine's process, one cell a condition."""
+    return f"| {form} | {' | '.join(f'{one.seconds:.1f}, {one.peak / 1e6:.0f}' for one in outcomes)} |"

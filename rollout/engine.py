@@ -84,7 +84,7 @@ class Engine(Protocol):
         ...
 
     def memory(self) -> dict[str, float]:
-        """Resident memory of the engine in bytes, by name."""
+        """Bytes: `peak`, the most that the engine's process has had in main memory, and `kv_cache`."""
         ...
 
     def close(self) -> None:

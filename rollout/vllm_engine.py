@@ -22,7 +22,6 @@ import random
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from rollout.engine import Completion, Request, Sampling
@@ -35,6 +34,7 @@ from rollout.engine_spec import (
     thread_count,
 )
 from rollout.errors import LOADING, EngineError, engine_failures
+from rollout.peak import peak_bytes
 from rollout.types import FinishReason, VersionSpan
 
 CPU_STEP_TOKENS = 2048
@@ -196,8 +196,8 @@ class VllmEngine:
         return self._engine.engine_core.engine_core.scheduler
 
     def memory(self) -> dict[str, float]:
-        """Resident bytes of the process that holds the engine and bytes of its KV cache."""
-        return {"resident": _resident_bytes(), "kv_cache": float(self._llm.collective_rpc(_kv_bytes)[0])}
+        """See `Engine.memory`."""
+        return {"peak": peak_bytes(), "kv_cache": float(self._llm.collective_rpc(_kv_bytes)[0])}
 
     def close(self) -> None:
         """Release the engine; the process group goes with the last one. Safe to call twice."""
@@ -554,12 +554,3 @@ def _destroy_process_group() -> None:
 
     destroy_model_parallel()
     destroy_distributed_environment()
-
-
-def _resident_bytes() -> float:
-    if sys.platform != "linux":
-        import psutil
-
-        return float(psutil.Process().memory_info().rss)
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return float(pages * os.sysconf("SC_PAGE_SIZE"))

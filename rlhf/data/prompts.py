@@ -88,7 +88,7 @@ class PromptBuilder:
 
     def render(self, example: Example) -> str:
         """The text that the model sees, up to where its own turn begins."""
-        messages = self.messages(example)
+        messages = chat(example, self._data)
         if self._plain:
             return "\n\n".join(message["content"] for message in messages)
         import jinja2
@@ -105,22 +105,24 @@ class PromptBuilder:
             ) from None
         return str(text)
 
-    def messages(self, example: Example) -> list[Message]:
-        """The turns: `data.system_prompt` unless they bring one, `data.template` around the user's last."""
-        turns = (
-            [{"role": "user", "content": example.prompt}]
-            if isinstance(example.prompt, str)
-            else list(example.prompt)
-        )
-        last = self._data.template.replace("{prompt}", turns[-1]["content"])
-        turns[-1] = {**turns[-1], "content": last}
-        if self._data.system_prompt and turns[0]["role"] != "system":
-            turns.insert(0, {"role": "system", "content": self._data.system_prompt})
-        return turns
-
     def _encode(self, texts: list[str]) -> list[list[int]]:
         encoded = self._tokenizer(texts, add_special_tokens=self._plain)["input_ids"]
         return [list(ids) for ids in encoded]
+
+
+def chat(example: Example, data: DataConfig) -> list[Message]:
+    """The turns of a prompt: `data.system_prompt` unless they bring one, `data.template` around the user's
+    last."""
+    turns = (
+        [{"role": "user", "content": example.prompt}]
+        if isinstance(example.prompt, str)
+        else list(example.prompt)
+    )
+    last = data.template.replace("{prompt}", turns[-1]["content"])
+    turns[-1] = {**turns[-1], "content": last}
+    if data.system_prompt and turns[0]["role"] != "system":
+        turns.insert(0, {"role": "system", "content": data.system_prompt})
+    return turns
 
 
 def _prompt(example: Example, text: str, ids: list[int]) -> Prompt:

@@ -18,17 +18,47 @@ from rollout.types import Group, Prompt
 
 
 class Responder(Protocol):
-    """Answers prompts. `samples` responses to each, one group a prompt, in order."""
+    """Answers prompts."""
 
-    def __call__(self, prompts: Sequence[Prompt], sampling: Sampling, samples: int) -> list[Group]:
-        """Generate."""
+    def answer(self, prompts: Sequence[Prompt], sampling: Sampling, samples: int) -> list[Group]:
+        """`samples` responses to each prompt, one group a prompt, in order."""
         ...
+
+
+class Engines:
+    """Our own. Implements `Responder`."""
+
+    def __init__(self, pool: LocalPool, tokenizer: Any) -> None:
+        """`pool` stays the caller's to close."""
+        self._pool = pool
+        self._decode = functools.partial(_decode, tokenizer)
+
+    def answer(self, prompts: Sequence[Prompt], sampling: Sampling, samples: int) -> list[Group]:
+        """See `Responder.answer`."""
+        return self._pool.generate(_draws(prompts, samples), sampling, born=0, decode=self._decode)
+
+    def peak(self) -> float:
+        """The most main memory that each engine's process has had, added up, in bytes."""
+        return sum(engine.memory()["peak"] for engine in self._pool.engines)
+
+
+class Server:
+    """An OpenAI-compatible server. Implements `Responder`."""
+
+    def __init__(self, endpoint: Endpoint, messages: Mapping[str, Messages]) -> None:
+        """`messages`: the chats by prompt id."""
+        self._endpoint = endpoint
+        self._messages = messages
+
+    def answer(self, prompts: Sequence[Prompt], sampling: Sampling, samples: int) -> list[Group]:
+        """See `Responder.answer`."""
+        return self._endpoint.generate(_draws(prompts, samples), self._messages.__getitem__, sampling)
 
 
 @contextmanager
 def engines(
     config: BenchmarkConfig, resolved: ResolvedModel, model: Path, tokenizer: Any, length: int, logs: Path
-) -> Iterator[Responder]:
+) -> Iterator[Engines]:
     """Our engines with the model in folder `model`, sequences of at most `length` tokens."""
     with ExitStack() as opened:
         placement = placement_of(config.rollout, learner=False)
@@ -44,23 +74,7 @@ def engines(
             host=host,
         )
         pool = opened.enter_context(closing(LocalPool(loaded, config.run.seed, host)))
-        decode = functools.partial(_decode, tokenizer)
-
-        def answer(prompts: Sequence[Prompt], sampling: Sampling, samples: int) -> list[Group]:
-            return pool.generate(_draws(prompts, samples), sampling, born=0, decode=decode)
-
-        yield answer
-
-
-@contextmanager
-def server(config: EndpointConfig, seed: int, messages: Mapping[str, Messages]) -> Iterator[Responder]:
-    """A server; `messages` are the chats by prompt id. Raises `EndpointError` when it does not answer."""
-    endpoint = connect(config, seed)
-
-    def answer(prompts: Sequence[Prompt], sampling: Sampling, samples: int) -> list[Group]:
-        return endpoint.generate(_draws(prompts, samples), messages.__getitem__, sampling)
-
-    yield answer
+        yield Engines(pool, tokenizer)
 
 
 def connect(config: EndpointConfig, seed: int) -> Endpoint:

@@ -9,7 +9,7 @@ import pytest
 
 from rlhf.data.config import DataConfig, OverlongPrompts
 from rlhf.data.examples import Example, Message
-from rlhf.data.prompts import PromptBuilder
+from rlhf.data.prompts import PromptBuilder, chat
 from rlhf.errors import UserError
 from rlhf.models import ModelConfig, load_tokenizer, resolve
 
@@ -52,7 +52,7 @@ def test_ids_are_those_of_the_template(kind: str, request: pytest.FixtureRequest
         assert tokenizer.decode(prompt.token_ids) == prompt.text
 
 
-def test_turns_are_kept_and_their_system_turn_wins(tiny_llama: Path) -> None:
+def test_turns_are_kept_and_their_system_turn_wins() -> None:
     turns = [
         {"role": "system", "content": "own"},
         {"role": "user", "content": "a"},
@@ -60,15 +60,14 @@ def test_turns_are_kept_and_their_system_turn_wins(tiny_llama: Path) -> None:
         {"role": "user", "content": "c"},
     ]
     data = DataConfig(system_prompt="common", template="<{prompt}>")
-    build = builder(tiny_llama, data)
-    assert [turn["content"] for turn in build.messages(example(turns))] == ["own", "a", "b", "<c>"]
-    assert [turn["content"] for turn in build.messages(example(turns[1:]))] == ["common", "a", "b", "<c>"]
+    assert [turn["content"] for turn in chat(example(turns), data)] == ["own", "a", "b", "<c>"]
+    assert [turn["content"] for turn in chat(example(turns[1:]), data)] == ["common", "a", "b", "<c>"]
     assert turns[3]["content"] == "c", "the data are not changed"
 
 
-def test_template_text_is_taken_literally(tiny_llama: Path) -> None:
+def test_template_text_is_taken_literally() -> None:
     data = DataConfig(template="{prompt}\nPut it in \\boxed{} {answer}.")
-    text = builder(tiny_llama, data).messages(example("Solve {x}."))[0]["content"]
+    text = chat(example("Solve {x}."), data)[0]["content"]
     assert text == "Solve {x}.\nPut it in \\boxed{} {answer}."
 
 

@@ -25,17 +25,21 @@ def test_conditions_change_the_batch_first() -> None:
 def test_the_table_by_hand() -> None:
     outcomes = {
         Condition(form="bfloat16", batch=1, threads=1): Outcome(
-            tokens=[[1, 2], [5]], top1=[[0.5, 0.4], [0.9]], accuracy=0.5, seconds=1.0
+            tokens=[[1, 2], [5]], top1=[[0.5, 0.4], [0.9]], accuracy=0.5, seconds=1.0, peak=2e9
         ),
         Condition(form="bfloat16", batch=8, threads=1): Outcome(
-            tokens=[[1, 3], [5]], top1=[[0.7, 0.4], [0.9]], accuracy=1.0, seconds=3.0
+            tokens=[[1, 3], [5]], top1=[[0.7, 0.4], [0.9]], accuracy=1.0, seconds=3.0, peak=1.5e6
         ),
     }
     # One of two problems diverges at its second token; before that 0.5 against 0.7 has a deviation of 0.1414,
     # the other problem none; both lengths are equal; 50 and 100 % have a deviation of 35.36 points.
-    row = "| bfloat16 | 707.1068 | 50.0 % | 1.0 | 0.000 | 75.0% | 35.36% | 2.0 |"
-    assert table(outcomes).splitlines()[2] == row
-    assert table(outcomes).splitlines()[-1] == "Over: batch 1, 1 threads; batch 8, 1 threads."
+    lines = table(outcomes).splitlines()
+    assert lines[2] == "| bfloat16 | 707.1068 | 50.0 % | 1.0 | 0.000 | 75.0% | 35.36% |"
+    assert lines[4:] == [
+        "| seconds, peak MB | batch 1, threads 1 | batch 8, threads 1 |",
+        "|---|---|---|",
+        "| bfloat16 | 1.0, 2000 | 3.0, 2 |",
+    ]
 
 
 def test_sampled_responses_and_servers_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,7 +71,8 @@ def test_every_format_is_answered_and_nothing_twice(
     ]  # fmt: skip
     assert main(command) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" | ")[0].removeprefix("| ") for line in lines[2:5]] == list(FORMATS)
+    for part in (lines[2:5], lines[8:11]):
+        assert [row.split(" | ")[0].removeprefix("| ") for row in part] == list(FORMATS)
     assert len(list((tmp_path / "r").glob("*-batch*.json"))) == 6
     # One model: what is kept in bfloat16 and computed in float32 is what float32 computes.
     cast, plain = (

@@ -214,7 +214,7 @@ def test_a_failing_round_leaves_nothing_behind(engine: VllmEngine) -> None:
 
 def test_memory_names_its_parts(engine: VllmEngine) -> None:
     memory = engine.memory()
-    assert memory["resident"] > memory["kv_cache"] > 1 << 20
+    assert memory["peak"] > memory["kv_cache"] > 1 << 20
 
 
 def test_automatic_kv_cache_holds_every_sequence(tiny_llama: Path) -> None:
