@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -123,3 +124,30 @@ def test_a_rank_lost_before_all_have_met_and_one_that_nobody_would_notice() -> N
     assert re.fullmatch(rf"Dist\w+Error {lost}", first), said
     assert re.fullmatch(rf"rlhf: the run stopped: {lost}", last), said
     assert done.returncode == 1
+
+
+BOUND = """
+import os
+import ray, torch
+from trainer.parallel.config import RayConfig
+from trainer.parallel.places import Place
+from trainer.parallel.ray_cluster import Places
+
+class Actor:
+    def cores(self):
+        return os.sched_getaffinity(0)
+
+torch.ones(500, 500) @ torch.ones(500, 500)  # OpenMP starts
+places = Places(RayConfig(), [Place(what="engine", cpus=1)])
+assert ray.get(places.actor(0, Actor).cores.remote()) == os.sched_getaffinity(0)
+places.close()
+"""
+
+
+def test_actors_may_use_all_cores_where_openmp_of_intel_is_preloaded() -> None:
+    """It would bind them to the first one."""
+    openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
+    if not openmp.exists() or len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("no OpenMP of Intel, or one core")
+    environment = {**os.environ, "LD_PRELOAD": str(openmp), "OMP_NUM_THREADS": "2"}
+    subprocess.run([sys.executable, "-c", BOUND], env=environment, check=True, timeout=200)

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray._private.authentication.authentication_token_setup import (
     maybe_enable_token_auth_if_token_available,
@@ -147,6 +148,7 @@ def _connect(config: RayConfig, *, cpus: int, gpus: Sequence[int]) -> bool:
 
 def _start(cpus: int, gpus: Sequence[int], quiet: dict[str, Any]) -> None:
     """A Ray of our own, which ends with this process, with just the CPUs that the places take."""
+    before = _children()
     try:
         with visible(gpus):
             ray.init(
@@ -163,6 +165,26 @@ def _start(cpus: int, gpus: Sequence[int], quiet: dict[str, Any]) -> None:
             f"no Ray could be started on this machine ({described(error)}): free some of its cores and "
             "memory, or name a cluster in rollout.ray.address."
         ) from error
+    _give_all_cores(_children() - before)
+
+
+def _children() -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True))
+
+
+def _give_all_cores(processes: set[psutil.Process]) -> None:
+    """Let processes, and what they start from now on, run on every core that this one may use.
+
+    Intel's OpenMP, where a user has preloaded it, binds what its threads fork to the first core, and Ray
+    hands that on: an engine of two threads took 1.7 times as long.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        return
+    cores = os.sched_getaffinity(0)
+    for process in processes:
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            for thread in process.threads():
+                os.sched_setaffinity(thread.id, cores)
 
 
 def _join(address: str, quiet: dict[str, Any]) -> None:
