@@ -177,13 +177,15 @@ class Learner:
     def _accumulate(self, batches: Sequence[TokenBatch], report: StepReport) -> None:
         """Add up the gradients of this rank's micro-batches, then keep step with ranks that have more."""
         rounds = self.ranks.most(len(batches))
-        for batch in batches:
+        for number in range(rounds):
+            self.ranks.defer(self.policy, more=number < rounds - 1)
+            if number >= len(batches):
+                _vanish(self.policy(_idle_batch().to(self.device)))
+                continue
             try:
-                report.add(self._backward(batch))
+                report.add(self._backward(batches[number]))
             except NonFiniteError as error:
                 report.problem = report.problem or str(error)
-        for _ in range(rounds - len(batches)):
-            _vanish(self.policy(_idle_batch().to(self.device)))
 
     def _finish(self, report: StepReport) -> dict[str, float]:
         """Step, when all ranks' micro-batches went well and there were any."""

@@ -32,6 +32,11 @@ class Ranks(Protocol):
         """The largest `count` of any rank."""
         ...
 
+    def defer(self, policy: Policy, more: bool) -> None:
+        """Say before a backward pass whether `more` follow before the step: the last one may then sum for
+        all of them what crosses from copy to copy of the model."""
+        ...
+
     def rest(self, policy: Policy) -> None:
         """Let go of what a policy gathered for passes without a backward."""
         ...
@@ -76,6 +81,9 @@ class Alone:
     def most(self, count: int) -> int:
         """Its own."""
         return count
+
+    def defer(self, policy: Policy, more: bool) -> None:
+        """Nothing crosses."""
 
     def rest(self, policy: Policy) -> None:
         """Nothing was gathered."""

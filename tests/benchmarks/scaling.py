@@ -66,12 +66,17 @@ ARMS = (
     Arm(name="staleness 1, all cores each", overrides=AHEAD),
     Arm(name="staleness 1, half of them each", overrides=AHEAD, share=0.5),
     Arm(name="two engines", engines=2),
-    Arm(name="two ranks", ranks=2),
+    Arm(name="two ranks, sharded", ranks=2),
+    Arm(
+        name="two ranks, replicated",
+        ranks=2,
+        overrides=("learner.parallel.replicate=2", "learner.parallel.shard=1"),
+    ),
     Arm(name="two engines, two ranks", engines=2, ranks=2),
     Arm(name="engine on Ray", overrides=("rollout.pool=ray",)),
     Arm(name="weights by TCP", overrides=("weights.transport=tcp",)),
 )
-QUICK = (ARMS[0], ARMS[5])
+QUICK = (ARMS[0], ARMS[6])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

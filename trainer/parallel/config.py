@@ -79,7 +79,7 @@ class ParallelConfig:
 
     replicate: int = 1
     """Copies of the model, each spread over `shard` ranks. Above 1 costs memory and spares the slower network
-    between machines: weights are gathered within a copy, gradients summed over copies."""
+    between machines: weights are gathered within a copy, gradients summed over copies once a step."""
     shard: int = 0
     """Ranks over which weights, gradients and optimizer state of one copy are spread (FSDP2); 0: all that
     `replicate` and `tensor` leave."""

@@ -28,6 +28,7 @@ from trainer.parallel.sharding import (
     local,
     shard,
     slice_of,
+    summed_over_copies,
     whole,
 )
 from trainer.parallel.world import World
@@ -110,6 +111,10 @@ class Team:
         largest = torch.tensor([count])
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._control)
         return int(largest)
+
+    def defer(self, policy: Policy, more: bool) -> None:
+        """Gradients are summed over copies by the last backward pass before a step."""
+        summed_over_copies(policy, not more)
 
     def rest(self, policy: Policy) -> None:
         """Free the weights that a pass without a backward gathered."""

@@ -56,6 +56,14 @@ def gathered_no_more(policy: Policy) -> None:
             module.reshard()
 
 
+def summed_over_copies(policy: Policy, now: bool) -> None:
+    """Whether the next backward pass sums gradients over copies of the model (`replicate`), and with them
+    those of earlier passes that did not; within a copy they are summed by each."""
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.set_requires_all_reduce(now, recurse=False)
+
+
 class ShardedWeights(MasterWeights):
     """The slices of a sharded policy, on which the optimizer steps as on any tensors.
 

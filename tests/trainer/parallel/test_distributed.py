@@ -6,8 +6,10 @@ import copy
 import math
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch.distributed as dist
 from torch import Tensor
 
 from tests.trainer.parallel import ranks
@@ -42,7 +44,7 @@ OPTIMIZERS = {"sgd": sgd(), "adam": adam()}
 def outcome(parallel: ParallelConfig | None = None) -> dict[str, Any]:
     """All that is compared, by scenario, of this process and those that it is one of."""
     team = join(parallel)
-    found: dict[str, Any] = {"gradients": gradients(team)}
+    found: dict[str, Any] = {"gradients": gradients(team), "sums": sums_over_copies(team)}
     for name, optimizer in OPTIMIZERS.items():
         settings = config(optimizer=optimizer, token_budget=60)
         found[name] = led(ten_steps, settings, team, needs_reference=True)
@@ -82,6 +84,20 @@ def _gradient(learner: Learner, rows: list[Row], budget: int) -> dict[str, Tenso
     learner._accumulate(batches, StepReport())
     grads = {name: p.grad for name, p in zip(learner.master.names, learner.master.working)}
     return {name: team.whole(grad).clone() for name, grad in grads.items() if grad is not None}
+
+
+def sums_over_copies(team: Team | None) -> int:
+    """How often gradients of many micro-batches are summed over copies of the model."""
+    learner, count, going_on = build(config(), team), 0, dist.all_reduce
+
+    def counting(tensor: Tensor, *given: Any, **named: Any) -> Any:
+        nonlocal count
+        count += tensor.is_floating_point()
+        return going_on(tensor, *given, **named)
+
+    with mock.patch.object(dist, "all_reduce", counting):
+        _gradient(learner, ROWS, 24)
+    return count
 
 
 def ten_steps(learner: Learner) -> dict[str, Any]:
@@ -196,6 +212,13 @@ def test_gradients(layout: str) -> None:
     for rank in spread(layout):
         for case, expected in alone()["gradients"].items():
             assert_near(rank["gradients"][case], expected)
+
+
+@every_unsplit_layout
+def test_gradients_cross_from_copy_to_copy_once_a_step(layout: str) -> None:
+    """Each of two layers and what remains of the model, however many micro-batches there are."""
+    _, parallel = LAYOUTS[layout]
+    assert spread(layout)[0]["sums"] == (3 if parallel.replicate > 1 else 0)
 
 
 @every_layout
