@@ -1,4 +1,5 @@
-"""`rlhf eval BENCHMARK` for real: in one process, killed in its midst, by two engines, by a server."""
+"""`rlhf eval BENCHMARK` for real: in one process, killed in its midst, by two engines (on Ray too), by a
+server."""
 
 from __future__ import annotations
 
@@ -100,11 +101,15 @@ def test_killed_and_gone_on_with_it_is_the_same_evaluation(
     assert (folder / store.LINES).read_bytes() == (whole / store.LINES).read_bytes()
 
 
+@pytest.mark.parametrize("pool", ["local", "ray"])
 def test_two_engines_give_the_same_responses(
-    whole: Path, problems: Path, tiny_llama: Path, tmp_path: Path
+    pool: str, whole: Path, problems: Path, tiny_llama: Path, tmp_path: Path
 ) -> None:
+    if pool == "ray":
+        pytest.importorskip("ray")
     folder = tmp_path / "evaluation"
-    assert main(command(problems, tiny_llama, folder, "rollout.engines=2", "run.round=100")) == 0
+    engines = [f"rollout.pool={pool}", "rollout.engines=2", "run.round=100"]
+    assert main(command(problems, tiny_llama, folder, *engines)) == 0
     assert [r.response for r in store.read(folder)] == [r.response for r in store.read(whole)]
 
 
