@@ -1,4 +1,4 @@
-"""A run of 3000 steps whose processes are killed at random, and what is left of it; table: `docs/faults.md`.
+"""A run of 1500 steps whose processes are killed at random, and what is left of it; table: `docs/faults.md`.
 
 `python -m tests.benchmarks.soak` trains a tiny model on two ranks, and SIGKILLs engines, learner ranks,
 graders, the driver (rank 0) and torchrun itself, at random moments. Their mean distance is twice the time
@@ -304,7 +304,7 @@ def kill_one(job: Job, kind: str) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Soak, print the table, and say what is wrong."""
     parser = argparse.ArgumentParser(description="Kill a run's processes at random and account for it.")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--every", type=int, default=5, help="steps between checkpoints")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="6 steps; an engine and the driver are killed")
