@@ -90,14 +90,15 @@ def snapshot(hub_id: str, revision: str = "", *, local_only: bool, code: bool = 
     return Path(folder)
 
 
-def cached_snapshots(hub_id: str, revision: str = "") -> list[Path]:
-    """Folders of a repository in Hugging Face's cache: of one revision, or of all; never the network."""
-    cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub"
-    repository = cache / f"models--{hub_id.replace('/', '--')}"
-    named = repository / "refs" / revision
-    if revision and named.is_file():
-        revision = named.read_text(encoding="utf-8").strip()
-    return sorted((repository / "snapshots").glob(revision or "*"))
+def cached_model(hub_id: str, revision: str = "") -> Path | None:
+    """The folder in Hugging Face's cache with `config.json` of a revision, if any; never the network."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(hub_id, "config.json", revision=revision or None)
+    except ValueError:  # no name of a repository
+        return None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def _trouble(hub_id: str, key: str, revision: str, error: Exception) -> str:

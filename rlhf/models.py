@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.errors import UserError
-from rlhf.hub import cached_snapshots, fetch, hub_reachable, snapshot
+from rlhf.hub import cached_model, fetch, hub_reachable, snapshot
 from rlhf.run_steps import is_run_step, run_folder
 from rlhf.tiny_models import TINY_KINDS, build_tiny
 
@@ -52,7 +52,7 @@ _TINY_VERSION = 2
 """Raised whenever `build_tiny` writes other bytes, so that an old copy in the cache is not used."""
 
 _TINY_NAMES = tuple(f"tiny-{kind}" for kind in TINY_KINDS)
-_HUB_ID = re.compile(r"^(?P<id>[\w-][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?$")
+_HUB_ID = re.compile(r"^(?P<id>[\w-][\w.-]*/[\w.-]+)(?:@(?P<revision>\w[\w./-]*))?$")
 _RUN_STEP = re.compile(r"^(?P<run>.+)@(?P<step>\d+|last)$")
 
 
@@ -239,8 +239,9 @@ def local_config(path: str, runs: Path = Path("runs")) -> Path | None:
         with contextlib.suppress(UserError):
             places.append(_checkpoint(step["run"], step["step"], "model.path", runs).folder)
     name = _HUB_ID.match(path)
-    if name:
-        places += cached_snapshots(name["id"], name["revision"] or "")
+    cached = cached_model(name["id"], name["revision"] or "") if name else None
+    if cached is not None:
+        places.append(cached)
     return next((place for place in places if (place / "config.json").is_file()), None)
 
 

@@ -147,7 +147,8 @@ def table(found: Mapping[str, Timing]) -> str:
         "MB",
         "tokens/s",
         "age",
-        "speed-up",
+        "step, ratio",
+        "tokens/s, ratio",
         "of the ideal overlap",
     ]
     rows = [
@@ -156,6 +157,7 @@ def table(found: Mapping[str, Timing]) -> str:
             *(f"{value:.3g}" for value in (one.step, one.generation, one.learner, one.wait)),
             *(f"{value:.3g}" for value in (one.publish, one.megabytes, one.tokens, one.age)),
             f"{base.step / one.step:.2f} x",
+            f"{one.tokens / base.tokens:.2f} x",
             f"{gained(base, one):.0%}" if one.age else "",
         ]
         for name, one in found.items()

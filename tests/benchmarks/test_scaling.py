@@ -43,8 +43,8 @@ def test_the_overlap_against_the_ideal() -> None:
     assert gained(SYNCHRONOUS, AHEAD) == 0.75
     assert gained(SYNCHRONOUS, SYNCHRONOUS) == 0
     lines = table({"synchronous": SYNCHRONOUS, "ahead": AHEAD}).splitlines()
-    assert lines[2] == "| synchronous | 10 | 6 | 4 | 0 | 0.5 | 3 | 10 | 0 | 1.00 x |  |"
-    assert lines[3] == "| ahead | 7 | 6.5 | 5 | 2 | 0.5 | 3 | 14.3 | 1 | 1.43 x | 75% |"
+    assert lines[2] == "| synchronous | 10 | 6 | 4 | 0 | 0.5 | 3 | 10 | 0 | 1.00 x | 1.00 x |  |"
+    assert lines[3] == "| ahead | 7 | 6.5 | 5 | 2 | 0.5 | 3 | 14.3 | 1 | 1.43 x | 1.43 x | 75% |"
     assert lines[-1] == "ideal step: 6 s (1.67 x)"
 
 

@@ -204,7 +204,8 @@ def test_a_name_carries_its_revision(tiny_llama: Path, tmp_path: Path, hub_cache
     assert resolve(config("lab/math", offline=True)).folder.name == base["v2"], "as the adapter asks"
     assert models.local_config("lab/base@v2") == found.folder
     assert models.local_config("lab/base@" + base["main"]) == found.folder.parent / base["main"]
-    assert models.local_config("lab/base@v3") is None
+    for missing in ("lab/base@v3", "lab/base@/v2", "lab/base@../main", "-lab/base"):
+        assert models.local_config(missing) is None
     with pytest.raises(UserError, match=r"model.adapter=lab/math@v8 is not in the Hugging Face cache and "):
         resolve(config("lab/base", adapter="lab/math@v8", offline=True))
 
